@@ -1,0 +1,101 @@
+"""`accel-distill`: the commands that need no launcher.
+
+The one decision: a command's module is imported when the command is called, so that `--help` answers at once.
+Cost: the commands' names and one-line descriptions stand here, away from their modules.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accel_distill import __version__
+from accel_distill.command_line import OneSentenceParser, parse_arguments
+from accel_distill.errors import ConfigError, exit_with
+
+TEMPLATE = Path(__file__).with_name("run_file.yaml")
+LAUNCHED = ("generate", "train")
+
+HELP = f"""accel-distill {__version__}: distil a language model from a teacher's cached distributions.
+
+usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` explains one)
+
+  init                                          print a commented run file to start from
+  check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
+  inspect CACHE [--json]                        say what is in a cache
+  demo                                          the whole way on a small example, in minutes on a CPU
+  --version, --help
+
+The two commands that run on several processes are started with a launcher:
+
+  accelerate launch -m accel_distill.generate --config FILE [section.key=value ...]
+  accelerate launch -m accel_distill.train    --config FILE [section.key=value ...]
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_with(lambda: _dispatch(arguments))
+
+
+def check(argv: list[str]) -> int:
+    """Validate a run file and its overrides, and say in one line what it would do."""
+    path, overrides = parse_arguments(argv, prog="accel-distill check")
+    from accel_distill.config import load_config
+
+    config = load_config(path, overrides)
+    samples = (
+        "all samples" if config.dataset.max_samples is None else f"{config.dataset.max_samples:,} samples"
+    )
+    print(
+        f"{path}: valid: teacher {config.teacher.model}, {samples} of {config.dataset.name},"
+        f" {config.targets.method} {config.targets.parameter:g}, into {config.cache.path}"
+    )
+    return 0
+
+
+def init(argv: list[str]) -> int:
+    """Print the commented run file."""
+    OneSentenceParser(prog="accel-distill init", description="Print a commented run file.").parse_args(argv)
+    print(TEMPLATE.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """Say what is in a cache."""
+    from accel_distill import inspect_cache
+
+    return inspect_cache.main(argv)
+
+
+def demo(argv: list[str]) -> int:
+    """Run the main job end to end on an example that needs no download."""
+    from accel_distill import demo as example
+
+    return example.main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "init": init,
+    "check": check,
+    "inspect": inspect,
+    "demo": demo,
+}
+
+
+def _dispatch(arguments: list[str]) -> int:
+    word = arguments[0] if arguments else None
+    if word in ("--help", "-h"):
+        print(HELP, end="")
+    elif word == "--version":
+        print(f"accel-distill {__version__}")
+    elif word in COMMANDS:
+        return COMMANDS[word](arguments[1:])
+    elif word in LAUNCHED:
+        raise ConfigError(
+            f"{word} runs under a launcher: accelerate launch -m accel_distill.{word} --config FILE"
+        )
+    else:
+        what = "no command" if word is None else f"unknown command or flag {word!r}"
+        raise ConfigError(f"{what}; expected one of {', '.join(COMMANDS)}, --help, --version")
+    return 0

@@ -1,0 +1,39 @@
+"""The arguments that the commands share: `--config FILE [section.key=value ...]`.
+
+The one decision: a wrong argument is a `ConfigError`, so it costs one sentence and exit status 2 like
+every other mistake in a configuration; argparse's own two-line usage message is given up for that.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from accel_distill.errors import ConfigError
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """An argument parser that raises where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` with argparse's message and where to find help."""
+        raise ConfigError(f"{message}; `{self.prog} --help` shows what is expected")
+
+
+def parse_arguments(argv: Sequence[str] | None, prog: str) -> tuple[Path, list[str]]:
+    """Return the run file and the overrides; `None` for `argv` means the process's own arguments.
+
+    Raises `ConfigError`; `--help` prints and exits with status 0.
+    """
+    parser = OneSentenceParser(prog=prog, allow_abbrev=False, description=f"{prog}: reads one run file.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the run file (YAML)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces one value of the run file, for example dataset.max_samples=2000",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None:  # not `required=True`: that would hide a misspelt flag behind this message
+        parser.error("--config FILE is missing")
+    return arguments.config, arguments.overrides

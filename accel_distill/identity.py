@@ -1,0 +1,254 @@
+"""What a cache is made from, as `cache.json` says it, and the opening of a cache for a run.
+
+The one decision: everything that changes a stored number is in `identity` or in `numerics`, and a difference is refused
+by name; library versions and the device's name are `environment`, and a difference is said. World size, paths, the
+sample cap and all of training are in none of them.
+"""
+
+import hashlib
+import importlib.metadata
+import itertools
+import logging
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from accel_distill import __version__
+from accel_distill.codec import rank_tokens, weight_scale
+from accel_distill.config import RunConfig
+from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.manifest import (
+    Record,
+    create,
+    differences,
+    make_directories,
+    read_manifest,
+    read_plan,
+    read_record,
+    scratch,
+    withdraw_manifest,
+    write_plan,
+)
+from accel_distill.publish import remove_stale
+from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
+from accel_distill.stream import TextStream
+from accel_distill.teacher import load_teacher_config
+from accel_distill.tokens import SequenceRule, load_tokenizer, tokenizer_identity, tokenizer_size
+from accel_distill.uniforms import VERSION
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+RANKED_TOKENS = 1_000_000  # of the stream, counted for the frequency ranks of the ids
+RANKED_AT_ONCE = 64  # texts
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "h5py", "numpy")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A cache, opened or made, for one run."""
+
+    record: Record
+    notes: list[str]  # what the user should hear
+
+
+def open_for_generation(config: RunConfig, *, world_size: int, device: torch.device) -> Opening:
+    """Open the run's cache, or make its directory; for one process, before any other looks.
+
+    Raises ConfigError for a dataset, teacher or tokenizer that does not fit, CacheMismatch for a cache of other settings.
+    """
+    path = Path(config.cache.path)
+    stream = TextStream(config.dataset)
+    model = load_teacher_config(config.teacher)
+    tokenizer = load_tokenizer(
+        config.teacher.model, revision=config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
+    )
+    text = model.get_text_config()
+    _check_length(config, text)
+    identity = {
+        "format": FORMAT,
+        "teacher": _teacher_identity(config, model),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "dataset": _dataset_identity(config, stream),
+        "sequence": {
+            "max_length": config.dataset.max_length,
+            "long_documents": config.dataset.long_documents,
+            "add_special_tokens": config.dataset.add_special_tokens,
+            "append_eos": config.dataset.append_eos,
+        },
+        "targets": {
+            "method": config.targets.method,
+            "parameter": float(config.targets.parameter),
+            "scale": weight_scale(config.targets.method, config.targets.parameter),
+            "temperature": float(config.targets.temperature),
+            "seed": config.targets.seed,
+            "uniforms": VERSION,
+        },
+    }
+    numerics = {
+        "tokens_per_batch": config.teacher.tokens_per_batch,
+        "head_chunk": config.teacher.head_chunk,
+        "attn_implementation": config.teacher.attn_implementation,
+        "device": device.type,
+    }
+    if (path / "cache.json").is_file():
+        record, notes = _reopen(config, identity, numerics)
+    else:
+        make_directories(path)
+        _save_tokenizer(tokenizer, path)
+        record, notes = _make(config, identity, numerics, stream, tokenizer, world_size), []
+    remove_stale(scratch(path))
+    return Opening(record, notes + _update_plan(config, record))
+
+
+def _reopen(config: RunConfig, identity: dict[str, Any], numerics: dict[str, Any]) -> tuple[Record, list[str]]:
+    """Compare an existing cache with this run; its lanes are the run's, where the run does not say."""
+    path = Path(config.cache.path)
+    record = read_record(path)
+    layout = record.identity["layout"]
+    lanes = config.cache.lanes or layout["lanes"]
+    identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=layout["ranks_sha256"])
+    found = differences(record.identity, identity) + differences(record.numerics, numerics)
+    if found:
+        raise CacheMismatch(
+            f"cache {path} was made with other settings: {'; '.join(found)}. Set them back, or name another cache.path"
+        )
+    changed = differences(record.environment, _environment())
+    return record, [f"the cache was begun in another environment: {'; '.join(changed)}"] if changed else []
+
+
+def _make(
+    config: RunConfig,
+    identity: dict[str, Any],
+    numerics: dict[str, Any],
+    stream: TextStream,
+    tokenizer: "PreTrainedTokenizerBase",
+    world_size: int,
+) -> Record:
+    vocab_size = identity["teacher"]["vocab_size"]
+    ids_by_rank = rank_tokens(_count_tokens(stream, SequenceRule.of(config.dataset), tokenizer, vocab_size))
+    ranks_sha256 = hashlib.sha256(ids_by_rank.tobytes()).hexdigest()
+    lanes = config.cache.lanes or world_size
+    identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=ranks_sha256)
+    record = create(Record(Path(config.cache.path), identity, numerics, _environment(), ids_by_rank))
+    if found := differences(record.identity, identity):
+        raise CacheMismatch(f"another run made cache {record.path} meanwhile: {'; '.join(found)}")
+    return record
+
+
+def _count_tokens(
+    stream: TextStream, rule: SequenceRule, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> np.ndarray:
+    """Count ids over the stream's first tokens, past the sample cap: so that a cache may grow and stay the same."""
+    counts, texts = np.zeros(vocab_size, np.int64), iter(stream)
+    while counts.sum() < RANKED_TOKENS and (part := list(itertools.islice(texts, RANKED_AT_ONCE))):
+        rows, _ = rule.sequences(part, range(len(part)), tokenizer=tokenizer)
+        for row in rows:
+            known = row.ids[row.ids < vocab_size]
+            counts += np.bincount(known[: RANKED_TOKENS - counts.sum()], minlength=vocab_size)
+    return counts
+
+
+def _update_plan(config: RunConfig, record: Record) -> list[str]:
+    """Take up the run's max_samples: the same as before, or more."""
+    wanted, plan, manifest = config.dataset.max_samples, read_plan(record.path), read_manifest(record)
+    before = plan["max_samples"] if plan else wanted
+    if plan and wanted == before:
+        return []
+    if before is None or (wanted is not None and wanted < before):
+        raise CacheMismatch(
+            f"dataset.max_samples is {wanted}, but cache {record.path} was begun with {before or 'no limit'}, and a cache "
+            "only grows; set it back, or name another cache.path"
+        )
+    if manifest and manifest["stream_end"] == "exhausted":
+        raise CacheMismatch(
+            f"dataset.max_samples is {wanted}, but the dataset ended after {manifest['samples']} samples, all of which "
+            f"cache {record.path} has; set it back to {before}"
+        )
+    if manifest:
+        withdraw_manifest(record.path)
+    write_plan(record.path, max_samples=wanted)
+    return [f"the cache grows from max_samples {before} to {wanted}"] if plan else []
+
+
+def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and config.dataset.max_length > positions:
+        raise ConfigError(
+            f"dataset.max_length is {config.dataset.max_length}, but the teacher {config.teacher.model} has "
+            f"max_position_embeddings {positions}; set dataset.max_length={positions} or less"
+        )
+
+
+def _teacher_identity(config: RunConfig, model: "PretrainedConfig") -> dict[str, Any]:
+    teacher, path = config.teacher, Path(config.teacher.model)
+    dtype = str(getattr(model, "dtype", None) or "float32") if teacher.dtype == "auto" else teacher.dtype
+    described = {
+        "dtype": dtype.removeprefix("torch."),
+        "quantization": teacher.quantization,
+        "vocab_size": model.get_text_config().vocab_size,
+    }
+    if path.is_dir():
+        files = sorted({file for pattern in WEIGHT_FILES for file in path.glob(pattern)})
+        kept = [file for file in files if file.suffix != ".json" or file.name == "config.json"]
+        return {**described, "files": [[file.name, _sha256(file)] for file in kept]}
+    commit = getattr(model, "_commit_hash", None) or teacher.revision
+    return {**described, "name": teacher.model, "commit": commit}
+
+
+def _dataset_identity(config: RunConfig, stream: TextStream) -> dict[str, Any]:
+    dataset = config.dataset
+    return {
+        "name": Path(dataset.name).name if Path(dataset.name).is_dir() else dataset.name,
+        "config_name": dataset.config_name,
+        "split": dataset.split,
+        "text_column": dataset.text_column,
+        "shuffle_files": dataset.shuffle_files,
+        "source": stream.source,
+    }
+
+
+def _layout_identity(config: RunConfig, *, lanes: int, ranks_sha256: str) -> dict[str, Any]:
+    return {
+        "lanes": lanes,
+        "samples_per_shard": config.cache.samples_per_shard,
+        "chunk": CHUNK,
+        "gzip_level": GZIP_LEVEL,
+        "ranks_sha256": ranks_sha256,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"versions": {**versions, "accel_distill": __version__}, "device_name": name}
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
+    """Save the tokenizer beside the shards, whole or not at all: training reads it from there."""
+    target, temporary = path / "tokenizer", scratch(path) / f"tokenizer-{uuid.uuid4().hex}"
+    if target.is_dir():
+        return
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,261 @@
+"""A cache's directory: what is in it, what the cache is, and whether it is complete.
+
+    ranks.bin, tokenizer/, cache.json   published in this order before any work, never changed
+    plan.json                           max_samples: the only thing that may grow
+    shards/                             see deal.py and shard.py
+    manifest.json                       there if and only if every shard is
+
+The one decision: there is no mutable index. What is committed is what `shards/` lists, and each command looks.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accel_distill.codec import Method, column_dtypes
+from accel_distill.deal import Layout, parse_shard_name, shard_name
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
+from accel_distill.publish import publish, replace, sync_directory
+from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
+
+SEQUENCE_COLUMNS = ("sample_index", "token_offsets", "target_offsets", "head_offsets", "tail_offsets")
+STAT_COLUMNS = ("entropy", "logprob")  # summed over a sequence, 1/256 nat
+README = """A cache of teacher distributions, made by accel_distill.
+
+cache.json says what it was made from, shards/ holds it (HDF5 behind a 4096-byte header), manifest.json appears when
+it is complete. Look: accel-distill inspect {path}
+Go on with an interrupted run: the same generate command again. To read it: accel_distill.TeacherCache("{path}").
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `cache.json` and `ranks.bin` say: everything that is needed to read a shard."""
+
+    path: Path
+    identity: dict[str, Any]
+    numerics: dict[str, Any]
+    environment: dict[str, Any]
+    ids_by_rank: np.ndarray  # (vocab_size,) uint32
+
+    @property
+    def cache_id(self) -> str:
+        """The sha256 of the identity."""
+        return cache_id(self.identity)
+
+    @property
+    def layout(self) -> Layout:
+        """How the stream is cut into shards."""
+        return Layout(self.identity["layout"]["lanes"], self.identity["layout"]["samples_per_shard"])
+
+    @property
+    def method(self) -> Method:
+        """The targets' method."""
+        return self.identity["targets"]["method"]
+
+    @property
+    def parameter(self) -> float:
+        """The threshold, k, or the number of draws."""
+        return self.identity["targets"]["parameter"]
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of the teacher's output layer."""
+        return self.identity["teacher"]["vocab_size"]
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Name and dtype of every column of a shard."""
+        wide = {name: np.dtype("<i8") for name in SEQUENCE_COLUMNS + STAT_COLUMNS}
+        targets = column_dtypes(self.method, self.parameter, self.vocab_size)
+        return {**wide, "input_ids": targets["head_ids"], "target_mask": np.dtype("u1"), **targets}
+
+    def shard_path(self, group: int, lane: int, samples: int) -> Path:
+        """Return where a shard is or would be."""
+        return self.path / "shards" / shard_name(group, lane, samples)
+
+
+def canonical_json(value: object) -> bytes:
+    """Return deterministic, readable JSON."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def cache_id(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 of an identity."""
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def scratch(path: Path) -> Path:
+    """Return the directory for temporary files of a cache."""
+    return path / ".tmp"
+
+
+def make_directories(path: Path) -> None:
+    """Make a cache's directories, durably; raise ConfigError where that is not possible."""
+    try:
+        for directory in (path, path / "shards", scratch(path), path / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(path)
+    except OSError as error:
+        raise ConfigError(f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to") from error
+
+
+def create(record: Record) -> Record:
+    """Publish `ranks.bin` and `cache.json`; return what is there, where another run was first."""
+    path = record.path
+    publish(record.ids_by_rank.astype("<u4").tobytes(), path / "ranks.bin", scratch=scratch(path))
+    publish(README.format(path=path.name).encode(), path / "README.txt", scratch=scratch(path))
+    content = {"identity": record.identity, "numerics": record.numerics, "environment": record.environment}
+    if publish(canonical_json(content), path / "cache.json", scratch=scratch(path)):
+        return record
+    return read_record(path)
+
+
+def read_record(path: Path) -> Record:
+    """Read `cache.json` and `ranks.bin`; raise ConfigError where there is no cache, DamagedCache where it is broken."""
+    if not (path / "cache.json").is_file():
+        what = "is not a directory" if not path.is_dir() else "holds no cache.json, so it is not a cache"
+        raise ConfigError(f"cache {path}: it {what}; make one with: accelerate launch -m accel_distill.generate")
+    content = _read_json(path / "cache.json")
+    try:
+        expected = content["identity"]["layout"]["ranks_sha256"]
+        raw = (path / "ranks.bin").read_bytes()
+        found = hashlib.sha256(raw).hexdigest()
+        record = Record(path, content["identity"], content["numerics"], content["environment"], np.frombuffer(raw, "<u4"))
+    except (KeyError, TypeError) as error:
+        raise DamagedCache(f"{path / 'cache.json'}: {error} is missing; the cache was not made by this version") from error
+    except FileNotFoundError as error:
+        raise DamagedCache(f"{path / 'ranks.bin'} is missing; without it no id can be read: generate anew") from error
+    if found != expected:
+        raise DamagedCache(f"{path / 'ranks.bin'}: sha256 {found}, cache.json says {expected}; generate anew")
+    return record
+
+
+def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
+    """List and check the shards that are there: (group, lane) to the header of its longest shard.
+
+    Raises DamagedCache for a broken header, CacheMismatch for a shard of another cache.
+    """
+    found: dict[tuple[int, int], ShardHeader] = {}
+    for name in sorted(os.listdir(record.path / "shards")):
+        place = parse_shard_name(name)
+        if place is None:
+            continue
+        header = _checked_header(record, record.path / "shards" / name, place)
+        best = found.get(place[:2])
+        if best is None or best.samples < header.samples:
+            found[place[:2]] = header
+    return found
+
+
+def listed_shards(path: Path) -> set[tuple[int, int, int]]:
+    """Return (group, lane, samples) of every shard's name in a cache, without opening one."""
+    names = (parse_shard_name(name) for name in os.listdir(path / "shards"))
+    return {name for name in names if name is not None}
+
+
+def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
+    """Publish the manifest of a complete cache of `total` samples: the same bytes, whoever writes it."""
+    shards = []
+    for group, lane, samples in record.layout.shards(total):
+        path = record.shard_path(group, lane, samples)
+        header = _checked_header(record, path, (group, lane, samples))
+        shards.append(_manifest_entry(path, header))
+    sums = {key: sum(shard[key] for shard in shards) for key in _SUMMED}
+    content = {"cache_id": record.cache_id, "samples": total, "stream_end": stream_end, "shards": shards, "sums": sums}
+    target = record.path / "manifest.json"
+    data = canonical_json(content)
+    if not publish(data, target, scratch=scratch(record.path)) and target.read_bytes() != data:
+        raise CacheMismatch(f"{target} is there and says something else; is another run writing to this cache?")
+
+
+def read_manifest(record: Record) -> dict[str, Any] | None:
+    """Return the manifest, or None while the cache is not complete."""
+    path = record.path / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = _read_json(path)
+    if manifest.get("cache_id") != record.cache_id:
+        raise DamagedCache(f"{path}: it belongs to the cache {manifest.get('cache_id')}, not to {record.cache_id}")
+    return manifest
+
+
+def read_plan(path: Path) -> dict[str, Any] | None:
+    """Return what `plan.json` says, None before the first run."""
+    return _read_json(path / "plan.json") if (path / "plan.json").is_file() else None
+
+
+def write_plan(path: Path, *, max_samples: int | None) -> None:
+    """Say how many samples the cache is to have."""
+    replace(canonical_json({"max_samples": max_samples}), path / "plan.json", scratch=scratch(path))
+
+
+def withdraw_manifest(path: Path) -> None:
+    """Remove the manifest, durably, before a complete cache grows."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    sync_directory(path)
+
+
+def remove_superseded(record: Record, total: int) -> list[str]:
+    """Delete the short shards of an earlier, smaller plan from a complete cache; return their names."""
+    wanted = set(record.layout.shards(total))
+    stale = sorted(listed_shards(record.path) - wanted)
+    for shard in stale:
+        record.shard_path(*shard).unlink(missing_ok=True)
+    return [shard_name(*shard) for shard in stale]
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a sentence for each dotted key at which `found` (this run) differs from `expected` (the cache)."""
+    sentences = []
+    for key in sorted(set(expected) | set(found)):
+        ours, theirs = found.get(key), expected.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            sentences += differences(theirs, ours, prefix=f"{prefix}{key}.")
+        elif ours != theirs:
+            sentences.append(f"{prefix}{key} is {theirs!r} in the cache and {ours!r} in this run")
+    return sentences
+
+
+_SUMMED = ("sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite", "bytes")
+
+
+def _manifest_entry(path: Path, header: ShardHeader) -> dict[str, Any]:
+    """Describe one shard; the hash of its header stands for the whole file, whose hash the header holds."""
+    counts = {key: getattr(header, key) for key in _SUMMED if key != "bytes"}
+    counts["bytes"] = HEADER_BYTES + header.payload_bytes
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(HEADER_BYTES)).hexdigest()
+    place = {"group": header.group, "lane": header.lane, "samples": header.samples}
+    return {"name": path.name, "header_sha256": digest, **place, **counts}
+
+
+def _checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> ShardHeader:
+    header = read_header(path)
+    if header.cache_id != record.cache_id:
+        raise CacheMismatch(
+            f"shard {path}: it belongs to the cache {header.cache_id[:12]}, this one is {record.cache_id[:12]}; "
+            "move it away and run generate again"
+        )
+    if (header.group, header.lane, header.samples) != place:
+        raise DamagedCache(
+            f"shard {path}: it says group {header.group}, lane {header.lane}, {header.samples} samples, which is not its "
+            "name; delete it and run generate again"
+        )
+    return header
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedCache(f"{path}: it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedCache(f"{path}: it holds {type(content).__name__}, expected an object")
+    return content

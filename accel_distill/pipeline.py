@@ -1,0 +1,145 @@
+"""From the texts of one shard to its bytes: tokens, batches, teacher, codec.
+
+The one decision: a shard is computed whole, from settings that the cache keeps, so its bytes do not depend on who
+computes it. Batches are formed inside the shard, by length, within a budget of padded tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from accel_distill.codec import STAT_STEPS, encode, invert, narrow, offsets
+from accel_distill.errors import ConfigError
+from accel_distill.manifest import Record
+from accel_distill.shard import shard_bytes
+from accel_distill.stream import OpenShard, hash_texts
+from accel_distill.targets import SparseTargets, concatenate, no_targets
+from accel_distill.teacher import Sampling, Teacher
+from accel_distill.tokens import SequenceRule, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """Everything a shard says, before it is encoded."""
+
+    shard: OpenShard
+    rows: list[TokenSequence]
+    truncated: int  # samples cut at max_length
+    targets: SparseTargets  # of all positions, in the order of the rows
+    entropy: np.ndarray  # (rows,) float64: sums over a row's positions, nats
+    logprob: np.ndarray  # (rows,) float64
+
+    @property
+    def positions(self) -> int:
+        """How many positions carry a target."""
+        return len(self.targets)
+
+
+class ShardMaker:
+    """Makes shards of one cache: runs the teacher (`compute`) and writes bytes (`encode`, fit for another thread)."""
+
+    def __init__(
+        self,
+        record: Record,
+        *,
+        teacher: Teacher,
+        tokenizer: "PreTrainedTokenizerBase",
+        rule: SequenceRule,
+        sampling: Sampling,
+        tokens_per_batch: int,
+    ) -> None:
+        """All settings are those of the cache `record`, so the same shard comes out wherever it is made."""
+        self._record, self._teacher, self._tokenizer = record, teacher, tokenizer
+        self._rule, self._sampling, self._tokens_per_batch = rule, sampling, tokens_per_batch
+        self._ranks = invert(record.ids_by_rank)
+
+    def compute(self, shard: OpenShard, *, report: Callable[[int], None] | None = None) -> ShardContent:
+        """Tokenise a shard's texts and run the teacher; `report` hears of finished positions."""
+        layout = self._record.layout
+        first = layout.first_sample(shard.group, shard.lane)
+        indices = range(first, first + len(shard.texts) * layout.lanes, layout.lanes)
+        rows, truncated = self._rule.sequences(shard.texts, indices, tokenizer=self._tokenizer)
+        check_ids(rows, vocab_size=self._record.vocab_size)
+        parts = [no_targets(self._sampling.method, self._sampling.parameter) for _ in rows]
+        sums = np.zeros((2, len(rows)))
+        for batch in batches([len(row.ids) for row in rows], tokens_per_batch=self._tokens_per_batch):
+            output = self._teacher.targets_for([rows[i] for i in batch], sampling=self._sampling, report=report)
+            ends = offsets(np.array([len(rows[i].ids) - 1 for i in batch]))
+            for i, start, stop in zip(batch, ends[:-1], ends[1:], strict=True):
+                parts[i] = output.targets.position_slice(int(start), int(stop))
+                sums[:, i] = output.entropy[start:stop].sum(), output.logprob[start:stop].sum()
+        return ShardContent(shard, rows, truncated, concatenate(parts), *sums)
+
+    def encode(self, content: ShardContent) -> bytes:
+        """Return the bytes of a shard's file."""
+        rows, shard = content.rows, content.shard
+        lengths = np.array([len(row.ids) for row in rows])
+        target_counts = np.maximum(lengths - 1, 0)
+        fields = {
+            "cache_id": self._record.cache_id,
+            "group": shard.group,
+            "lane": shard.lane,
+            "first_sample": self._record.layout.first_sample(shard.group, shard.lane),
+            "samples": len(shard.texts),
+            "sequences": len(rows),
+            "tokens": int(lengths.sum()),
+            "positions": content.positions,
+            "empty": sum(not text for text in shard.texts),
+            "truncated": content.truncated,
+            "untargeted": int((target_counts == 0).sum()),
+            "nonfinite": 0,
+            "texts_sha256": hash_texts(shard.texts),
+        }
+        return shard_bytes(fields, self._columns(content, lengths, target_counts))
+
+    def _columns(self, content: ShardContent, lengths: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+        dtypes = self._record.dtypes
+        arrays = content.targets.arrays()
+        ends = offsets(targets)
+        ids = np.concatenate([row.ids for row in content.rows])
+        mask = np.ones(len(ids), np.uint8)
+        mask[np.cumsum(lengths)[lengths > 0] - 1] = 0  # a sequence's last token has no next one
+        plain = {
+            "sample_index": np.array([row.sample_index for row in content.rows]),
+            "token_offsets": offsets(lengths),
+            "target_offsets": ends,
+            "head_offsets": offsets(arrays["head_count"])[ends],
+            "tail_offsets": offsets(arrays["tail_count"])[ends],
+            "entropy": np.rint(content.entropy * STAT_STEPS),
+            "logprob": np.rint(content.logprob * STAT_STEPS),
+            "input_ids": narrow(self._ranks[ids], dtypes["input_ids"], name="input_ids"),
+            "target_mask": np.packbits(mask, bitorder="little"),
+        }
+        encoded = encode(
+            arrays, method=self._record.method, parameter=self._record.parameter, ranks=self._ranks
+        )
+        return {name: {**plain, **encoded}[name].astype(dtype) for name, dtype in dtypes.items()}
+
+
+def batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
+    """Group rows by length into batches of at most `tokens_per_batch` padded tokens; a longer row is one of its own.
+
+    Rows of equal length stay in their order; rows of fewer than two tokens have no position and are left out.
+    """
+    groups: list[list[int]] = []
+    for i in sorted((i for i, length in enumerate(lengths) if length > 1), key=lambda i: lengths[i]):
+        if groups and lengths[i] * (len(groups[-1]) + 1) <= tokens_per_batch:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def check_ids(rows: Sequence[TokenSequence], *, vocab_size: int) -> None:
+    """Raise ConfigError where the tokenizer made an id that the teacher has no embedding for."""
+    for row in rows:
+        if len(row.ids) and row.ids.max() >= vocab_size:
+            raise ConfigError(
+                f"sample {row.sample_index}: the tokenizer makes id {int(row.ids.max())}, but the teacher's vocabulary has "
+                f"{vocab_size} ids; tokenizer and teacher do not belong together"
+            )

@@ -1,0 +1,88 @@
+"""The processes of a run: rank, world size, device; and the check that the launcher started what was asked for.
+
+The one decision: never go on with fewer processes than the environment speaks of, or without the backend that it asks
+for. Launchers fall back silently: two processes that both believe to be rank 0 would write the same cache twice.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from accel_distill.errors import ConfigError, RunError
+
+# Rank 0 hashes weights and counts tokens while the others wait.
+SET_UP_TIMEOUT = timedelta(hours=2)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run, as this one sees them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    distributed_type: str  # accelerate's name, such as NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 and return its (pickled) result on every rank, or raise its RunError there."""
+        if self.world_size == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        box: list[T | RunError | None] = [None]
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                box[0] = make()
+            except RunError as error:
+                box[0] = failure = error
+        broadcast_object_list(box, from_process=0)
+        if isinstance(box[0], RunError):
+            raise box[0] from failure
+        return box[0]  # type: ignore[return-value]
+
+
+def start_processes() -> World:
+    """Join the process group that the launcher made; raise ConfigError where it is not what was asked for."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=SET_UP_TIMEOUT)
+    check_processes(dict(os.environ), found=state.num_processes, has_gpu=torch.cuda.is_available())
+    return World(state.process_index, state.num_processes, state.device, state.distributed_type.value)
+
+
+def check_processes(environment: dict[str, str], *, found: int, has_gpu: bool) -> None:
+    """Raise ConfigError where the number of processes `found` is not what the environment speaks of."""
+    expected = int(environment.get("WORLD_SIZE", found))
+    if expected != found:
+        raise ConfigError(
+            f"the launcher started {expected} processes, but each of them is alone (world size {found}), so they would do "
+            "the same work; start them with launch/generate.sh or launch/train.sh, or set ACCELERATE_USE_CPU=true"
+        )
+    # accelerate sets the port when it is asked for several processes; without a GPU it then starts one
+    asked_for_more = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
+    if found == 1 and asked_for_more and not has_gpu and "WORLD_SIZE" not in environment:
+        raise ConfigError(
+            "accelerate was asked for several processes, but there is no GPU, and then it starts one; for N processes use "
+            "launch/generate.sh N or launch/train.sh N, for one `accelerate launch --num_processes 1` (and no MASTER_PORT)"
+        )
+
+
+def check_backend(environment: dict[str, str], *, distributed_type: str) -> None:
+    """Raise ConfigError where DeepSpeed or FSDP was asked for and something else runs."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1") and distributed_type != name:
+            raise ConfigError(
+                f"ACCELERATE_USE_{name} is set, but the run is {distributed_type}: the configuration was not taken up "
+                "(accelerate does this silently on a machine without a GPU, and with ACCELERATE_USE_CPU=true)"
+            )

@@ -1,0 +1,110 @@
+"""How a file of the cache gets its name: written whole under a temporary name, fsynced, then linked.
+
+The one decision: a file under its final name is complete, always; its name appearing is the commit. The price is two
+fsyncs a file. HDF5 itself never touches the disk: killed while appending, none of its files could be opened again.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from accel_distill.errors import DiskGuard
+
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+DISK_ERRORS = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def publish(data: bytes, path: Path, *, scratch: Path) -> bool:
+    """Give `data` its final name, durably; return False, leaving it, where a file of that name is there already.
+
+    `scratch` is a directory of the same file system. Raises DiskGuard for a full or read-only disk.
+    """
+    with _written(data, path, scratch) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.rename(temporary, path)
+        sync_directory(path.parent)
+    return True
+
+
+def replace(data: bytes, path: Path, *, scratch: Path) -> None:
+    """Put `data` in the place of the file `path`, durably and atomically."""
+    with _written(data, path, scratch) as temporary:
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(scratch: Path) -> int:
+    """Remove what dead processes of this host left in `scratch`; return how many files."""
+    removed = 0
+    for path in sorted(scratch.iterdir()):
+        host, _, rest = path.name.rpartition(".")[0].rpartition(".")
+        if host == socket.gethostname() and rest.isdigit() and not _alive(int(rest)):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+@contextlib.contextmanager
+def _written(data: bytes, path: Path, scratch: Path) -> Iterator[Path]:
+    """Write `data` durably under a temporary name, which is gone at the end, whatever happens."""
+    temporary = scratch / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+    try:
+        _write(data, temporary)
+        yield temporary
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise DiskGuard(
+                f"{path}: {DISK_ERRORS[error.errno]} ({len(data):,} bytes were to be written); nothing half-written "
+                "was kept: make room, then run the same command again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(data: bytes, path: Path) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+        if (size := os.fstat(descriptor).st_size) != len(data):
+            raise OSError(errno.EIO, f"{size} bytes were written where {len(data)} were given", str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

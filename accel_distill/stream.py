@@ -1,0 +1,246 @@
+"""The text stream: a dataset opened, its texts in order, and its walk, cut into the shards that this rank makes.
+
+The one decision: we count and deal ourselves, on the unsplit stream, before any filter. It costs that every rank reads
+the whole stream; it buys the same samples for any number of ranks (the datasets library's own splits change the set of
+samples with the number of ranks or of files).
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel_distill.deal import Dealer, Layout
+from accel_distill.errors import CacheMismatch, ConfigError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from accel_distill.config import DatasetConfig
+
+Text = str | None
+COMMIT = re.compile(r"^hf://[^@]+@([0-9a-f]{40})/")
+
+
+class TextStream:
+    """The texts of a dataset's split in stream order; iterating starts at the first one each time."""
+
+    def __init__(self, config: "DatasetConfig") -> None:
+        """Open the dataset; raise ConfigError for a dataset, split, file or column that is not there."""
+        self._config = config
+        self.source, files = _describe(config)
+        self._dataset = _open(config, files)
+        self.length = None if config.streaming else len(self._dataset)  # samples, where known
+
+    def __iter__(self) -> Iterator[Text]:
+        """Yield the text of each sample; None where it has none."""
+        config, count = self._config, 0
+        try:
+            for count, row in enumerate(self._dataset, start=1):
+                yield _text(row, config.text_column, index=count - 1)
+        except _dataset_errors() as error:
+            raise ConfigError(f"dataset {config.name}: reading sample {count} failed: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """The texts of one shard that is to be made."""
+
+    group: int
+    lane: int
+    texts: list[Text]
+
+
+class Walk:
+    """One pass over the stream: yields the shards of this rank, and checks the texts of those that are there."""
+
+    def __init__(
+        self,
+        texts: Iterator[Text],
+        *,
+        layout: Layout,
+        max_samples: int | None,
+        committed: Mapping[tuple[int, int], tuple[int, str]],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """`committed`: (group, lane) to the number of samples and the hash of the texts of the shard that is there."""
+        self._texts, self._layout, self._max_samples = texts, layout, max_samples
+        self._committed = committed
+        counts = {place: samples for place, (samples, _) in committed.items()}
+        self._dealer = Dealer(layout, counts, rank=rank, world_size=world_size)
+        self.total = 0  # samples seen; at the end, those of the whole stream
+        self.stream_end: str | None = None  # "cap" or "exhausted", known at the end
+
+    def __iter__(self) -> Iterator[OpenShard]:
+        """Yield this rank's shards, each once its last sample has come."""
+        for group in range(1 << 62):
+            kept, hashes = self._read_group(group)
+            self._check_committed(group, hashes)
+            for lane in self._dealer.deal(group, self.total):
+                yield OpenShard(group, lane, kept.pop(lane))
+            if self.stream_end is not None:
+                break
+        self._check_end()
+
+    def _read_group(self, group: int) -> tuple[dict[int, list[Text]], dict[int, "TextHash"]]:
+        """Read on to the group's last sample; return the kept texts and the hashes of committed lanes."""
+        lanes = range(self._layout.lanes)
+        kept: dict[int, list[Text]] = {lane: [] for lane in self._dealer.lanes_to_keep(group)}
+        hashes = {lane: TextHash(self._committed[group, lane][0]) for lane in lanes if (group, lane) in self._committed}
+        end = (group + 1) * self._layout.group_samples
+        while self.total < end:
+            if self.total == self._max_samples:
+                self.stream_end = "cap"
+                break
+            try:
+                text = next(self._texts)
+            except StopIteration:
+                self.stream_end = "exhausted"
+                break
+            lane = self.total % self._layout.lanes
+            self.total += 1
+            if lane in kept:
+                kept[lane].append(text)
+            if lane in hashes:
+                hashes[lane].add(text)
+        if self.total == self._max_samples:
+            self.stream_end = "cap"
+        return kept, hashes
+
+    def _check_committed(self, group: int, hashes: Mapping[int, "TextHash"]) -> None:
+        for lane, texts in hashes.items():
+            samples, expected = self._committed[group, lane]
+            if texts.added < samples or texts.hexdigest() != expected:
+                first = self._layout.first_sample(group, lane)
+                last = first + (samples - 1) * self._layout.lanes
+                raise CacheMismatch(
+                    f"the stream changed: samples {first} to {last} (lane {lane}, every {self._layout.lanes}) are not "
+                    "the texts that the cache was made from; use the same dataset revision, or another cache.path"
+                )
+
+    def _check_end(self) -> None:
+        last = max(self._committed, default=(0, 0))
+        if self._layout.samples_in(*last, self.total) < self._committed.get(last, (0, ""))[0]:
+            raise CacheMismatch(
+                f"the stream changed: it ended after {self.total} samples, but the cache has a shard that starts at sample "
+                f"{self._layout.first_sample(*last)}; use the same dataset revision, or another cache.path"
+            )
+
+
+class TextHash:
+    """sha256 over texts, each behind its length in bytes (8, little-endian); stops after `samples` texts."""
+
+    def __init__(self, samples: int | None = None) -> None:
+        """Start with no text added."""
+        self._hash, self._samples, self.added = hashlib.sha256(), samples, 0
+
+    def add(self, text: Text) -> None:
+        """Add one text; None counts as empty."""
+        if self.added != self._samples:
+            data = (text or "").encode("utf-8", "surrogatepass")
+            self._hash.update(len(data).to_bytes(8, "little") + data)
+            self.added += 1
+
+    def hexdigest(self) -> str:
+        """Return the hash of what was added."""
+        return self._hash.hexdigest()
+
+
+def hash_texts(texts: Sequence[Text]) -> str:
+    """Return the hash that a shard keeps of its texts."""
+    total = TextHash()
+    for text in texts:
+        total.add(text)
+    return total.hexdigest()
+
+
+def _describe(config: "DatasetConfig") -> tuple[dict[str, Any], list[str] | None]:
+    """Return what identifies the text (no absolute path in it) and, where they are to be permuted, the files in order."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(
+            config.name, config.config_name, data_files=config.data_files, revision=config.revision
+        )
+    except _dataset_errors() as error:
+        raise ConfigError(f"dataset.name: {config.name} cannot be opened: {_first_line(error)}") from error
+    found: Mapping[str, Any] = builder.config.data_files or {}
+    files = [str(file) for file in found.get(config.split, [])]
+    if config.shuffle_files is not None:
+        if not files:
+            raise ConfigError(f"dataset.shuffle_files: the files of {config.name} ({config.split}) are not known")
+        random.Random(config.shuffle_files).shuffle(files)
+    return _identity_of(files, fallback=builder.hash), files if config.shuffle_files is not None else None
+
+
+def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any]:
+    commits = {match[1] for match in map(COMMIT.match, files) if match}
+    if commits:
+        return {"commit": ",".join(sorted(commits)), "files": len(files)}
+    local = [Path(file) for file in files]
+    if not files or not all(path.is_file() for path in local):
+        return {"fingerprint": fallback, "files": [file.rpartition("/")[2] for file in files]}
+    return {"files": [[path.name, path.stat().st_size, _sha256(path)] for path in local]}
+
+
+def _open(config: "DatasetConfig", files: list[str] | None) -> "datasets.Dataset | datasets.IterableDataset":
+    import datasets
+
+    names = {"path": config.name, "name": config.config_name, "data_files": config.data_files}
+    if files is not None:
+        builder = datasets.load_dataset_builder(
+            config.name, config.config_name, data_files=config.data_files, revision=config.revision
+        )
+        names = {"path": builder.name, "name": None, "data_files": {config.split: files}}
+    revision = None if files is not None else config.revision
+    try:
+        dataset = datasets.load_dataset(**names, split=config.split, streaming=config.streaming, revision=revision)
+        first = next(iter(dataset), None)
+    except _dataset_errors() as error:
+        raise ConfigError(f"dataset {config.name} ({config.split}): {_first_line(error)}") from error
+    if first is None:
+        raise ConfigError(f"dataset {config.name} ({config.split}) is empty: there is no sample to run the teacher on")
+    columns = sorted(first)
+    if config.text_column not in first:
+        raise ConfigError(f"dataset.text_column: {config.text_column!r} is not there; the columns are {columns}")
+    _text(first, config.text_column, index=0)
+    return dataset.select_columns([config.text_column])
+
+
+def _text(row: Mapping[str, Any], column: str, *, index: int) -> Text:
+    text = row[column]
+    if text is None or isinstance(text, str):
+        return text
+    texts = sorted(name for name, value in row.items() if isinstance(value, str))
+    kind = "a list (a chat?)" if isinstance(text, list) else type(text).__name__
+    raise ConfigError(
+        f"dataset.text_column: {column!r} holds {kind} at sample {index}, not text; "
+        + (f"the text columns are {texts}" if texts else "no column of that sample is text")
+    )
+
+
+def _dataset_errors() -> tuple[type[BaseException], ...]:
+    """What the datasets library raises for names, splits, files and rows that are not there or not readable."""
+    from datasets.exceptions import DatasetsError
+
+    return (DatasetsError, OSError, ValueError, StopIteration)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what an exception of the datasets library says, in one line."""
+    if isinstance(error, StopIteration):
+        return "it is empty: there is no sample to run the teacher on"
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

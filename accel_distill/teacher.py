@@ -1,0 +1,178 @@
+"""The teacher: loads a causal language model and turns a batch of token sequences into sparse targets.
+
+The one decision: logits exist only for `head_chunk` positions at a time, and each chunk is sampled before the next one
+is computed. Padding never reaches the head.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accel_distill.codec import Method
+from accel_distill.errors import ConfigError, RunError
+from accel_distill.lm_head import separate_head
+from accel_distill.targets import SparseTargets, concatenate, no_targets, read_logits, sample
+from accel_distill.tokens import TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from accel_distill.config import TeacherConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How targets are made from the teacher's logits."""
+
+    method: Method
+    parameter: float
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the teacher says of the positions of a batch that have a next token, sequence after sequence."""
+
+    targets: SparseTargets
+    entropy: np.ndarray  # (P,) float64, nats, at the sampling's temperature
+    logprob: np.ndarray  # (P,) float64: of the true next token, at temperature 1
+
+
+class Teacher:
+    """A frozen causal language model on one device."""
+
+    def __init__(self, model: "PreTrainedModel", *, head_chunk: int, valid_ids: int) -> None:
+        """Take a loaded model; `valid_ids` is how many ids the tokenizer can make: logits beyond do not exist."""
+        self.model = model.eval().requires_grad_(False)
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.device = next(model.parameters()).device
+        self._head_chunk, self._valid_ids = head_chunk, min(valid_ids, self.vocab_size)
+        self._head, reason = separate_head(model)
+        if self._head is None:
+            log.warning("%s: the logits of a whole batch will exist at once (%s)", type(model).__name__, reason)
+
+    @torch.inference_mode()
+    def targets_for(
+        self, batch: Sequence[TokenSequence], *, sampling: Sampling, report: Callable[[int], None] | None = None
+    ) -> TeacherOutput:
+        """Run the teacher once over a batch and sample a target at each position that has a next token.
+
+        `report` is called with the number of positions of each chunk that is done. Raises RunError, naming sample and
+        position, where a logit is not finite.
+        """
+        ids, mask = _padded(batch, self.device)
+        has_next = mask[:, 1:]
+        next_ids = ids[:, 1:][has_next]
+        index = torch.tensor([row.sample_index for row in batch], device=self.device)
+        start = torch.tensor([row.start for row in batch], device=self.device)
+        width = torch.arange(ids.shape[1] - 1, device=self.device)
+        samples = index[:, None].expand_as(has_next)[has_next]
+        positions = (start[:, None] + width)[has_next]
+        logits_of = self._forward(ids, mask, has_next)
+        targets, entropy, logprob = [no_targets(sampling.method, sampling.parameter)], [], []
+        for begin in range(0, len(next_ids), self._head_chunk):
+            part = slice(begin, begin + self._head_chunk)
+            chunk = read_logits(
+                logits_of(part),
+                next_ids=next_ids[part],
+                temperature=sampling.temperature,
+                valid_ids=self._valid_ids,
+            )
+            _check_finite(chunk.entropy, samples[part], positions[part])
+            entropy.append(chunk.entropy.cpu().numpy())
+            logprob.append(chunk.logprob.cpu().numpy())
+            place = {"seed": sampling.seed, "sample_index": samples[part], "position": positions[part]}
+            found = sample(chunk, method=sampling.method, parameter=sampling.parameter, **place)
+            targets.append(found.cpu())
+            if report:
+                report(len(found))
+            del chunk
+        none = [np.zeros(0)]
+        return TeacherOutput(concatenate(targets), np.concatenate(none + entropy), np.concatenate(none + logprob))
+
+    def rehearse(self, *, tokens: int, length: int) -> None:
+        """Run the largest batch once, so that it runs out of memory in the first minute or not at all."""
+        row = TokenSequence(0, 0, np.zeros(length, np.int64))
+        sampling = Sampling("top_k", 1, 1.0, 0)
+        try:
+            self.targets_for([row] * max(1, tokens // length), sampling=sampling)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the device is too small for a batch of {tokens:,} tokens (teacher.tokens_per_batch) with the logits of "
+                f"{self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or dataset.max_length"
+            ) from error
+
+    def _forward(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
+        """Run the model; return a function from a range of the wanted positions to their logits (n, V), fresh memory."""
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+        if self._head is None:
+            logits = self.model(**inputs).logits[:, :-1][wanted]
+            return lambda part: logits[part].clone()
+        hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][wanted]
+        head = self._head
+        return lambda part: head.logits(hidden[part])
+
+
+def load_teacher_config(config: "TeacherConfig") -> "PretrainedConfig":
+    """Load the configuration of the teacher's model; raise ConfigError where there is none."""
+    from transformers import AutoConfig
+
+    if (config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1) and not Path(config.model).is_dir():
+        raise ConfigError(f"teacher.model: {config.model} is not a directory here, nor the name of a model on the hub")
+    try:
+        return AutoConfig.from_pretrained(
+            config.model, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
+
+
+def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: int) -> Teacher:
+    """Load the teacher's weights onto `device`."""
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {"quantization_config": config.quantization} if config.quantization else {}
+    if config.quantization or device.type == "cuda":
+        extra["device_map"] = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision or "main",
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
+    return Teacher(model, head_chunk=config.head_chunk, valid_ids=valid_ids)
+
+
+def _padded(batch: Sequence[TokenSequence], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T) and the mask (B, T) bool of the tokens that are there, padded on the right."""
+    lengths = torch.tensor([len(row.ids) for row in batch])
+    ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids[mask] = torch.from_numpy(np.concatenate([row.ids for row in batch]))
+    return ids.to(device), mask.to(device)
+
+
+def _check_finite(entropy: Tensor, samples: Tensor, positions: Tensor) -> None:
+    bad = (~entropy.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise RunError(
+            f"the teacher's logits are not finite at position {int(positions[first])} of sample {int(samples[first])} "
+            f"(and {len(bad) - 1} more of that chunk); try another teacher.dtype (bfloat16 or float32 for float16)"
+        )

@@ -1,0 +1,124 @@
+"""What section `training` may hold: the fields of `transformers.TrainingArguments`.
+
+The one decision: the fields are read from the source of the installed transformers with `ast`, so that a
+misspelt name is found in milliseconds and without importing torch. Cost: types are checked where the
+annotation is made of plain types and of transformers' enums; the rest is left to `TrainingArguments`.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accel_distill.errors import ConfigError
+from accel_distill.explain import WrongValue, did_you_mean, mismatch
+from accel_distill.run_file import describe
+
+PLAIN_TYPES = {"bool": bool, "dict": dict, "float": float, "int": int, "list": list, "str": str}
+WORDS = {
+    "bool": "true or false",
+    "dict": "a mapping",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "str": "text",
+}
+
+# What the trainer sets itself, or cannot honour: the values that are allowed, and why no other is.
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "remove_unused_columns": ((False,), "the targets are columns that the model's forward does not know"),
+    "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all processes"),
+    "label_names": ((["labels"],), "the collator names the labels"),
+    "label_smoothing_factor": ((0,), "the loss is what section `loss` says"),
+    "train_sampling_strategy": (
+        ("random", "sequential"),
+        "a cached sample does not tell its length to a sampler",
+    ),
+}
+
+
+def check_training(values: Mapping[str, Any]) -> None:
+    """Raise `WrongValue` for a name, type or value that training could not use."""
+    source = _transformers() / "training_args.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    enums = {
+        **_enums(tree),
+        **_enums(ast.parse((source.parent / "trainer_utils.py").read_text(encoding="utf-8"))),
+    }
+    annotations = _fields(tree, "TrainingArguments")
+    for name, value in values.items():
+        if name not in annotations:
+            near = did_you_mean(name, annotations) or "see the fields of transformers.TrainingArguments"
+            raise WrongValue(name, f"unknown key; {near}")
+        _check_type(name, value, annotation=annotations[name], enums=enums)
+        allowed, reason = ALLOWED.get(name, ((value,), ""))
+        if value is not None and value not in allowed:
+            written = " or ".join(str(choice).lower() for choice in allowed)
+            raise WrongValue(name, f"{mismatch(value, written)}, or no such key: {reason}")
+
+
+def _transformers() -> Path:
+    """Return the directory of the installed transformers, which is not imported."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("transformers is not installed: pip install 'transformers>=5.0'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _fields(tree: ast.Module, name: str) -> dict[str, ast.expr]:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = (item for item in node.body if isinstance(item, ast.AnnAssign))
+            return {item.target.id: item.annotation for item in fields if isinstance(item.target, ast.Name)}
+    raise ConfigError(f"the installed transformers has no {name}: pip install 'transformers>=5.0'")
+
+
+def _enums(tree: ast.Module) -> dict[str, list[str]]:
+    """Return the values of each `ExplicitEnum` of a module."""
+    enums = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "ExplicitEnum" for base in node.bases):
+            values = (item.value for item in node.body if isinstance(item, ast.Assign))
+            enums[node.name] = [item.value for item in values if isinstance(item, ast.Constant)]
+    return enums
+
+
+def _check_type(name: str, value: Any, *, annotation: ast.expr, enums: Mapping[str, list[str]]) -> None:
+    members = set(_members(annotation))
+    choices = [choice for member in sorted(members) for choice in enums.get(member, [])]
+    if value is None and "None" in members:
+        return
+    if choices:
+        if value not in choices:
+            near = isinstance(value, str) and did_you_mean(value, choices)
+            raise WrongValue(
+                name, f"found {describe(value)}; {near or 'expected one of ' + ', '.join(choices)}"
+            )
+    elif members <= {*PLAIN_TYPES, "None"}:
+        kinds = [kind for kind in PLAIN_TYPES if kind in members]
+        if not any(_is_a(value, PLAIN_TYPES[kind]) for kind in kinds):
+            raise WrongValue(name, mismatch(value, " or ".join(WORDS[kind] for kind in kinds)))
+
+
+def _members(annotation: ast.expr) -> Iterator[str]:
+    """Yield the names in a union: `str | list[X] | None` gives str, list, None."""
+    if isinstance(annotation, ast.BinOp):
+        yield from _members(annotation.left)
+        yield from _members(annotation.right)
+    elif isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in ("Optional", "Union"):
+        inner = annotation.slice
+        for item in inner.elts if isinstance(inner, ast.Tuple) else (inner, ast.Constant(None)):
+            yield from _members(item)
+    elif isinstance(annotation, ast.Subscript):
+        yield ast.unparse(annotation.value)
+    elif isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        yield from _members(ast.parse(annotation.value, mode="eval").body)
+    else:
+        yield ast.unparse(annotation)
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,280 @@
+"""The trainer against plainly written references, and against itself on other layouts of the same data."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from trainer_run import (
+    EVAL_SIZES,
+    PARAMETERS,
+    STEPS,
+    VOCAB,
+    cached_samples,
+    evaluate,
+    make_trainer,
+    ragged_ids,
+    tiny_llama,
+    train,
+)
+
+from accel_distill.cache import CachedSample
+from accel_distill.codec import Method
+from accel_distill.collator import CachedLogitCollator
+
+HERE = Path(__file__).parent
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")  # what no two runs share
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    return train(tmp_path_factory.mktemp("1x4"), batch=4, accumulation=1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Really launch two processes, each with half of the batch; the directory of what they wrote."""
+    output = tmp_path_factory.mktemp("2x2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    command += [str(HERE / "trainer_run.py"), str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    start = tiny_llama(seed=1).state_dict()
+    moved = max((expected[name] - start[name]).abs().max() for name in expected)
+    assert moved > 1e-2  # the run did train
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def without_times(logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in log.items() if not key.endswith(TIMES)} for log in logs]
+
+
+def assert_same_logs(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for ours, theirs in zip(without_times(found)[:-1], without_times(expected)[:-1], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-6)
+
+
+def test_two_accumulation_steps_give_the_weights_and_logs_of_one_large_batch(
+    one_process: tuple[dict[str, Tensor], list[dict[str, float]]], tmp_path: Path
+) -> None:
+    for batch, accumulation in [(2, 2), (1, 4)]:
+        weights, log = train(tmp_path, batch=batch, accumulation=accumulation)
+        assert_same_weights(weights, one_process[0])
+        assert_same_logs(log, one_process[1])
+
+
+def test_two_processes_give_the_weights_and_logs_of_one(
+    one_process: tuple[dict[str, Tensor], list[dict[str, float]]], two_processes: Path
+) -> None:
+    run = json.loads((two_processes / "run.json").read_text())
+    assert run["world_size"] == 2
+    assert_same_weights(torch.load(two_processes / "weights.pt"), one_process[0])
+    assert_same_logs(run["log"], one_process[1])
+
+
+def test_two_processes_evaluate_as_one_and_count_no_sample_twice(two_processes: Path, tmp_path: Path) -> None:
+    run = json.loads((two_processes / "run.json").read_text())
+    expected = evaluate(tmp_path, EVAL_SIZES)
+    lengths = [len(ids) for ids in ragged_ids(max(EVAL_SIZES))]
+    for size in EVAL_SIZES:
+        found, want = without_times([run["metrics"][str(size)], expected[str(size)]])
+        assert found == pytest.approx(want, rel=1e-5, abs=1e-6)
+        assert found["eval_positions"] == sum(max(length - 1, 0) for length in lengths[:size]) > 0
+
+
+def test_every_step_logs_kd_and_ce_that_make_its_loss(
+    one_process: tuple[dict[str, Tensor], list[dict[str, float]]],
+) -> None:
+    logs = [log for log in one_process[1] if "loss" in log]
+    assert len(logs) == STEPS
+    for log in logs:
+        assert log["loss"] == pytest.approx(0.7 * log["kd"] + 0.3 * log["ce"], rel=1e-4)
+        assert log["kd"] > 0.1 and log["ce"] > 1.0
+
+
+def test_the_ce_baseline_logs_kd_too_and_kd_alone_logs_ce(tmp_path: Path) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(8))
+    for kd_weight, ce_weight in [(0.0, 1.0), (1.0, 0.0)]:
+        trainer = make_trainer(tmp_path, kd_weight=kd_weight, ce_weight=ce_weight, train=samples, steps=2)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["kd"] > 0.1 and log["ce"] > 1.0
+        assert log["loss"] == pytest.approx(kd_weight * log["kd"] + ce_weight * log["ce"], rel=1e-4)
+
+
+def plain_sums(
+    model: torch.nn.Module, samples: list[CachedSample], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return summed KD and CE, position after position, from dense targets and one sample at a time."""
+    kd = ce = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        if len(sample.targets):
+            logits = model(input_ids=sample.input_ids[None]).logits[0].double()
+            targets = sample.targets.to_dense(logits.shape[1]).double()
+            for position, target in zip(sample.target_mask.nonzero()[:, 0], targets, strict=True):
+                logprob = torch.log_softmax(logits[position] / temperature, dim=0)
+                ce = ce - torch.log_softmax(logits[position], dim=0)[sample.input_ids[position + 1]]
+                if sample.targets.method == "top_k":
+                    kept = target > 0
+                    p = torch.cat([target[kept], 1 - target[kept].sum()[None]])
+                    logq = torch.cat([logprob[kept], logprob[~kept].logsumexp(0)[None]])
+                    kd = kd + temperature**2 * (p * (p.log() - logq)).sum()
+                else:
+                    kd = kd - temperature**2 * (target * logprob).sum()
+            if sample.targets.method != "top_k":
+                kd = kd - temperature**2 * sample.teacher_entropy
+    return kd, ce
+
+
+@pytest.mark.parametrize("method", list(PARAMETERS))
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)], ids=str)
+def test_the_loss_and_its_gradient_are_those_of_dense_targets(
+    method: Method,
+    temperature: float,
+    weights: tuple[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)  # several chunks, the last one short
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9), method=method, temperature=temperature)
+    trainer = make_trainer(
+        tmp_path, method=method, temperature=temperature, kd_weight=weights[0], ce_weight=weights[1]
+    )
+    model, plain = trainer.model, tiny_llama(seed=1).double()
+    batch = trainer.data_collator(samples)
+    assert len(batch["target_positions"]) > 14
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=50)
+    loss.backward()
+    kd, ce = plain_sums(plain, samples, temperature)
+    expected = (weights[0] * kd + weights[1] * ce) / 50
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    for found, want in zip(model.parameters(), plain.parameters(), strict=True):
+        assert found.grad is not None and want.grad is not None and want.grad.any()
+        torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-4, atol=2e-7)
+
+
+def test_evaluation_metrics_are_those_counted_by_hand(tmp_path: Path) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9))
+    student = tiny_llama(seed=1, spread=0.3)
+    metrics = make_trainer(tmp_path, model=student).evaluate(samples)
+    with torch.no_grad():
+        kd, ce = plain_sums(student, samples, 1.0)
+    positions, agreed, bins = 0, 0, [[0.0, 0.0] for _ in range(15)]
+    for sample in samples:
+        if not len(sample.targets):
+            continue
+        with torch.no_grad():
+            probabilities = torch.softmax(student(input_ids=sample.input_ids[None]).logits[0, :-1], dim=-1)
+        offsets, ids, _ = sample.targets.entries()
+        for q, teacher_top, label in zip(probabilities, ids[offsets[:-1]], sample.input_ids[1:], strict=True):
+            positions += 1
+            agreed += int(q.argmax() == teacher_top)
+            bins[int(q.max() * 15)][0] += float(q.max())
+            bins[int(q.max() * 15)][1] += float(q.argmax() == label)
+    assert sum(confidence > 0 for confidence, _ in bins) >= 4
+    assert agreed > 0
+    expected = {
+        "eval_ce": float(ce) / positions,
+        "eval_kl": float(kd) / positions,
+        "eval_loss": (0.7 * float(kd) + 0.3 * float(ce)) / positions,
+        "eval_teacher_ce": -sum(sample.teacher_logprob for sample in samples) / positions,
+        "eval_top1_agreement": agreed / positions,
+        "eval_ece": sum(abs(confidence - correct) for confidence, correct in bins) / positions,
+        "eval_positions": positions,
+    }
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_without_any_target_train_and_evaluate_to_zero_not_nan(tmp_path: Path) -> None:
+    empty = cached_samples(tiny_llama(), [torch.tensor([], dtype=torch.int64), torch.tensor([3])] * 2)
+    trainer = make_trainer(tmp_path, train=empty, steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert [log[key] for key in ("loss", "kd", "ce", "grad_norm")] == [0.0] * 4
+    metrics = trainer.evaluate(empty)
+    assert metrics["eval_positions"] == 0
+    assert metrics["eval_loss"] == metrics["eval_kl"] == metrics["eval_ce"] == 0.0
+
+
+@pytest.mark.parametrize("method", ["threshold", "random"])
+def test_a_student_that_is_the_teacher_has_kl_zero_within_sampling_error_and_shifted_targets_raise_it(
+    method: Method, tmp_path: Path
+) -> None:
+    teacher = tiny_llama(spread=0.3)
+    samples = cached_samples(teacher, ragged_ids(400, longest=60), method=method)
+    trainer = make_trainer(tmp_path, model=teacher)
+    trainer.args.per_device_eval_batch_size = 16
+    metrics = trainer.evaluate(samples)
+    batch = trainer.data_collator(samples[:100])
+    with torch.no_grad():
+        rows = trainer._sample_sums(teacher, batch)
+    has_target = rows[:, 0] > 0
+    error = float(rows[has_target, 1].std() * 400**0.5 / metrics["eval_positions"])
+    assert metrics["eval_positions"] > 5000 and 0 < error < 0.01
+    assert abs(metrics["eval_kl"]) < 4 * error
+    assert metrics["eval_top1_agreement"] == 1.0
+    assert metrics["eval_ce"] == pytest.approx(metrics["eval_teacher_ce"], abs=1e-4)
+    shifted = [
+        replace(sample, targets=concatenate_rolled(sample)) if len(sample.targets) > 1 else sample
+        for sample in samples
+    ]
+    assert trainer.evaluate(shifted)["eval_kl"] > metrics["eval_kl"] + 0.5
+
+
+def concatenate_rolled(sample: CachedSample):
+    """Return the sample's targets, each at the position after its own; the last comes first."""
+    from accel_distill.targets import concatenate
+
+    targets, last = sample.targets, len(sample.targets) - 1
+    return concatenate([targets.position_slice(last, last + 1), targets.position_slice(0, last)])
+
+
+def test_all_of_the_vocabulary_as_top_k_gives_the_teacher_kl_zero(tmp_path: Path) -> None:
+    teacher = tiny_llama(spread=0.3)
+    samples = cached_samples(teacher, ragged_ids(9), method="top_k", parameter=float(VOCAB))
+    metrics = make_trainer(tmp_path, model=teacher, method="top_k").evaluate(samples)
+    assert abs(metrics["eval_kl"]) < 1e-3  # log-probabilities are stored in steps of 1/2048 nat
+
+
+def test_a_student_with_a_wider_padded_vocabulary_trains(tmp_path: Path) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(16))
+    trainer = make_trainer(tmp_path, model=tiny_llama(vocab=VOCAB + 35, seed=1), train=samples, steps=15)
+    before = trainer.evaluate(samples)["eval_kl"]
+    trainer.train()
+    assert trainer.evaluate(samples)["eval_kl"] < before - 0.2
+
+
+def test_the_model_is_never_given_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    forward, seen = trainer.model.forward, []
+
+    def spy(**inputs: Tensor) -> object:
+        seen.append(set(inputs))
+        return forward(**inputs)
+
+    monkeypatch.setattr(trainer.model, "forward", spy)
+    batch = trainer.data_collator(cached_samples(tiny_llama(), ragged_ids(3)))
+    trainer.compute_loss(trainer.model, batch)
+    trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
+    assert seen == [{"input_ids", "attention_mask", "use_cache"}] * 2
+
+
+def test_one_process_with_several_gpus_does_not_use_data_parallel(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    args = trainer.args
+    args._n_gpu = 4  # as transformers sets it on a machine with four
+    again = type(trainer)(tiny_llama(), args, data_collator=CachedLogitCollator(pad_token_id=0))
+    assert again.args.n_gpu == 1 and again.args.train_batch_size == args.per_device_train_batch_size
