@@ -201,12 +201,12 @@ class _Rows:
         ranges |= {"tail_count": positions, "tail_ids": tails, "tail_values": tails}
         columns = {name: self._file.read(name, *ranges[name]) for name in ranges if name in record.dtypes}
         try:
-            arrays = decode(
-                columns, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank
-            )
+            arrays = decode(columns, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
             ids = record.ids_by_rank[self._file.read("input_ids", tokens.start, tokens.stop)].astype(np.int64)
         except (ValueError, IndexError) as error:
-            raise DamagedCache(f"shard {self._file.path}, row {row}: {error}; delete it and run generate again") from error
+            raise DamagedCache(
+                f"shard {self._file.path}, row {row}: {error}; delete it and run generate again"
+            ) from error
         return CachedSample(
             sample_index=int(self.sample_indices[row]),
             input_ids=torch.from_numpy(ids),
@@ -222,7 +222,12 @@ class _Rows:
     def _offsets(self, name: str, end: int) -> np.ndarray:
         """Read an offsets column; it must ascend from 0 to `end`, one more than there are rows."""
         found = self._file.read(name)
-        if len(found) != self._file.header.sequences + 1 or found[0] != 0 or found[-1] != end or np.diff(found).min() < 0:
+        if (
+            len(found) != self._file.header.sequences + 1
+            or found[0] != 0
+            or found[-1] != end
+            or np.diff(found).min() < 0
+        ):
             raise DamagedCache(
                 f"shard {self._file.path}: column {name} does not ascend from 0 to {end}; delete it and run generate again"
             )

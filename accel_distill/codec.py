@@ -7,8 +7,8 @@ byte shuffle and gzip find small numbers. It costs a sort and a cumulative sum f
 
 Plain arrays ("arrays" below), all int64, for P positions with H head and K tail entries in all:
     head_count (P,), head_ids (H,), head_values (H,), tail_count (P,), tail_ids (K,), tail_values (K,) or (0,)
-Columns: the same names, narrow unsigned integers; `threshold` has neither `tail_count` nor `tail_values`, `top_k` no tail
-at all.
+Columns: the same names, narrow unsigned integers; `threshold` has neither `tail_count` nor `tail_values`, `top_k` no
+tail at all.
 """
 
 import functools
@@ -92,9 +92,7 @@ def encode(arrays: Mapping[str, np.ndarray], *, method: Method, parameter: float
     return {name: narrow(plain[name], dtype, name=name) for name, dtype in dtypes.items()}
 
 
-def decode(
-    columns: Mapping[str, np.ndarray], *, method: Method, parameter: float, ids_by_rank: np.ndarray
-) -> Arrays:
+def decode(columns: Mapping[str, np.ndarray], *, method: Method, parameter: float, ids_by_rank: np.ndarray) -> Arrays:
     """Turn columns, whole or cut at a position, into plain arrays; tails come in the order of their ranks.
 
     Raises ValueError, naming the column, where the columns contradict each other or hold an id beyond the vocabulary.

@@ -106,11 +106,11 @@ class DatasetConfig(Section):
             raise WrongValue("data_files", f"is missing; {self.name!r} is read from the files that it names")
         if self.max_samples is not None and self.eval_samples >= self.max_samples:
             default = "" if "eval_samples" in self.model_fields_set else " (the default)"
-            raise WrongValue(
-                "eval_samples",
-                f"is {self.eval_samples}{default}, which leaves none of {self.max_samples} samples to train on; expected"
-                f" less than dataset.max_samples, so add for example dataset.eval_samples={self.max_samples // 10}",
+            problem = (
+                f"is {self.eval_samples}{default} of {self.max_samples} samples, so none is left to train on"
             )
+            advice = f"expected less, so add for example dataset.eval_samples={self.max_samples // 10}"
+            raise WrongValue("eval_samples", f"{problem}; {advice}")
         return self
 
 

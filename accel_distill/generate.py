@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
@@ -142,8 +140,8 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
     model = load_teacher(teacher, device=world.device, valid_ids=record.identity["tokenizer"]["size"])
     if model.vocab_size != record.vocab_size:
         raise ConfigError(
-            f"teacher.model: {teacher.model} has an output layer of {model.vocab_size} ids, but its config says vocab_size "
-            f"{record.vocab_size}"
+            f"teacher.model: {teacher.model} has an output layer of {model.vocab_size} ids, but its config says "
+            f"vocab_size {record.vocab_size}"
         )
     if world.device.type == "cuda":
         model.rehearse(tokens=teacher.tokens_per_batch, length=dataset.max_length)
@@ -228,8 +226,8 @@ def _finish(record: Record, walk: Walk, watch: _Committed) -> dict[str, Any]:
         if time.monotonic() - last_new > STALLED_AFTER:
             names = ", ".join(shard_name(*shard) for shard in sorted(missing)[:3])
             raise RunError(
-                f"cache {record.path}: {len(missing)} of {len(wanted)} shards are missing ({names}, ...) and none came for "
-                f"{STALLED_AFTER:.0f} s; a rank must have died: run the same command again"
+                f"cache {record.path}: {len(missing)} of {len(wanted)} shards are missing ({names}, ...) and none "
+                f"came for {STALLED_AFTER:.0f} s; a rank must have died: run the same command again"
             )
         time.sleep(0.2)
         if now_there := watch.look() - there:
@@ -245,9 +243,9 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
     per_position = sums["bytes"] / sums["positions"] if sums["positions"] else 0.0
     end = "the end of the dataset" if manifest["stream_end"] == "exhausted" else "the sample cap"
     return (
-        f"complete: {manifest['samples']:,} samples (to {end}), {sums['tokens']:,} tokens, {sums['positions']:,} positions, "
-        f"{_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a position); "
-        f"{sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; {record.path}"
+        f"complete: {manifest['samples']:,} samples (to {end}), {sums['tokens']:,} tokens, {sums['positions']:,} "
+        f"positions, {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a "
+        f"position); {sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; {record.path}"
     )
 
 
@@ -268,8 +266,8 @@ def _refuse_sharding(environment: "os._Environ[str]") -> None:
     for name in ("DEEPSPEED", "FSDP"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"generate runs a whole teacher in each process, and ACCELERATE_USE_{name} asks for a sharded one; launch it "
-                "with launch/generate.sh N, or with configs/accelerate/ddp.yaml"
+                f"generate runs a whole teacher in each process, and ACCELERATE_USE_{name} asks for a sharded one; "
+                "launch it with launch/generate.sh N, or with configs/accelerate/ddp.yaml"
             )
 
 

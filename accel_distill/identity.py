@@ -38,7 +38,7 @@ from accel_distill.publish import remove_stale
 from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
 from accel_distill.stream import TextStream
 from accel_distill.teacher import load_teacher_config
-from accel_distill.tokens import SequenceRule, load_tokenizer, tokenizer_identity, tokenizer_size
+from accel_distill.tokens import SequenceRule, load_tokenizer, tokenizer_identity
 from accel_distill.uniforms import VERSION
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Opening:
 def open_for_generation(config: RunConfig, *, world_size: int, device: torch.device) -> Opening:
     """Open the run's cache, or make its directory; for one process, before any other looks.
 
-    Raises ConfigError for a dataset, teacher or tokenizer that does not fit, CacheMismatch for a cache of other settings.
+    Raises ConfigError for a dataset, teacher or tokenizer that does not fit, CacheMismatch for a cache of other
+    settings.
     """
     path = Path(config.cache.path)
     stream = TextStream(config.dataset)
@@ -165,8 +166,8 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
         return []
     if before is None or (wanted is not None and wanted < before):
         raise CacheMismatch(
-            f"dataset.max_samples is {wanted}, but cache {record.path} was begun with {before or 'no limit'}, and a cache "
-            "only grows; set it back, or name another cache.path"
+            f"dataset.max_samples is {wanted}, but cache {record.path} was begun with {before or 'no limit'}, and a "
+            "cache only grows; set it back, or name another cache.path"
         )
     if manifest and manifest["stream_end"] == "exhausted":
         raise CacheMismatch(

@@ -5,9 +5,13 @@ tokens; a model that does more to its logits than the config says falls back to 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8
 TOLERANCE = 1e-4  # of the largest logit, and at least absolute
@@ -32,7 +36,7 @@ class LMHead:
 
 
 @torch.no_grad()
-def separate_head(model: nn.Module) -> tuple[LMHead | None, str]:
+def separate_head(model: "PreTrainedModel") -> tuple[LMHead | None, str]:
     """Return the model's head, or None and the reason why it cannot be taken apart."""
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
@@ -52,7 +56,7 @@ def separate_head(model: nn.Module) -> tuple[LMHead | None, str]:
     return head, ""
 
 
-def _described_head(model: nn.Module, linear: nn.Module) -> LMHead:
+def _described_head(model: "PreTrainedModel", linear: nn.Module) -> LMHead:
     """Read the settings that models of the transformers library have for their logits."""
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere

@@ -103,7 +103,9 @@ def make_directories(path: Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
         sync_directory(path)
     except OSError as error:
-        raise ConfigError(f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to") from error
+        raise ConfigError(
+            f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to"
+        ) from error
 
 
 def create(record: Record) -> Record:
@@ -127,9 +129,13 @@ def read_record(path: Path) -> Record:
         expected = content["identity"]["layout"]["ranks_sha256"]
         raw = (path / "ranks.bin").read_bytes()
         found = hashlib.sha256(raw).hexdigest()
-        record = Record(path, content["identity"], content["numerics"], content["environment"], np.frombuffer(raw, "<u4"))
+        record = Record(
+            path, content["identity"], content["numerics"], content["environment"], np.frombuffer(raw, "<u4")
+        )
     except (KeyError, TypeError) as error:
-        raise DamagedCache(f"{path / 'cache.json'}: {error} is missing; the cache was not made by this version") from error
+        raise DamagedCache(
+            f"{path / 'cache.json'}: {error} is missing; the cache was not made by this version"
+        ) from error
     except FileNotFoundError as error:
         raise DamagedCache(f"{path / 'ranks.bin'} is missing; without it no id can be read: generate anew") from error
     if found != expected:
@@ -245,8 +251,8 @@ def _checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> 
         )
     if (header.group, header.lane, header.samples) != place:
         raise DamagedCache(
-            f"shard {path}: it says group {header.group}, lane {header.lane}, {header.samples} samples, which is not its "
-            "name; delete it and run generate again"
+            f"shard {path}: it says group {header.group}, lane {header.lane}, {header.samples} samples, which is not "
+            "its name; delete it and run generate again"
         )
     return header
 

@@ -115,9 +115,7 @@ class ShardMaker:
             "input_ids": narrow(self._ranks[ids], dtypes["input_ids"], name="input_ids"),
             "target_mask": np.packbits(mask, bitorder="little"),
         }
-        encoded = encode(
-            arrays, method=self._record.method, parameter=self._record.parameter, ranks=self._ranks
-        )
+        encoded = encode(arrays, method=self._record.method, parameter=self._record.parameter, ranks=self._ranks)
         return {name: {**plain, **encoded}[name].astype(dtype) for name, dtype in dtypes.items()}
 
 
@@ -140,6 +138,6 @@ def check_ids(rows: Sequence[TokenSequence], *, vocab_size: int) -> None:
     for row in rows:
         if len(row.ids) and row.ids.max() >= vocab_size:
             raise ConfigError(
-                f"sample {row.sample_index}: the tokenizer makes id {int(row.ids.max())}, but the teacher's vocabulary has "
-                f"{vocab_size} ids; tokenizer and teacher do not belong together"
+                f"sample {row.sample_index}: the tokenizer makes id {int(row.ids.max())}, but the teacher's "
+                f"vocabulary has {vocab_size} ids; tokenizer and teacher do not belong together"
             )

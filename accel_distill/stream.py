@@ -126,8 +126,8 @@ class Walk:
         last = max(self._committed, default=(0, 0))
         if self._layout.samples_in(*last, self.total) < self._committed.get(last, (0, ""))[0]:
             raise CacheMismatch(
-                f"the stream changed: it ended after {self.total} samples, but the cache has a shard that starts at sample "
-                f"{self._layout.first_sample(*last)}; use the same dataset revision, or another cache.path"
+                f"the stream changed: it ended after {self.total} samples, but the cache has a shard that starts at "
+                f"sample {self._layout.first_sample(*last)}; use the same dataset revision, or another cache.path"
             )
 
 
@@ -159,7 +159,7 @@ def hash_texts(texts: Sequence[Text]) -> str:
 
 
 def _describe(config: "DatasetConfig") -> tuple[dict[str, Any], list[str] | None]:
-    """Return what identifies the text (no absolute path in it) and, where they are to be permuted, the files in order."""
+    """Return what identifies the text (no absolute path in it) and the files in order where they are to be permuted."""
     import datasets
 
     try:
@@ -190,7 +190,7 @@ def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any
 def _open(config: "DatasetConfig", files: list[str] | None) -> "datasets.Dataset | datasets.IterableDataset":
     import datasets
 
-    names = {"path": config.name, "name": config.config_name, "data_files": config.data_files}
+    names: dict[str, Any] = {"path": config.name, "name": config.config_name, "data_files": config.data_files}
     if files is not None:
         builder = datasets.load_dataset_builder(
             config.name, config.config_name, data_files=config.data_files, revision=config.revision

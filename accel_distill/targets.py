@@ -8,6 +8,7 @@ ids first and then, in float64, over the blocks; only a block that is hit is sea
 over 262,208 ids would give a third of them an interval of width zero.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -144,12 +145,11 @@ def sample(
     chunk: Chunk, *, method: Method, parameter: float, seed: int, sample_index: Tensor, position: Tensor
 ) -> SparseTargets:
     """Sample the targets of a chunk (consumed); `sample_index` and `position` (n,) say where its positions stand."""
-    place = {"seed": seed, "sample_index": sample_index, "position": position}
+    at = functools.partial(uniforms, seed=seed, sample_index=sample_index, position=position)
     if method == "threshold":
-        tail, rounding = uniforms("tail", **place), uniforms("rounding", **place)
-        return threshold_targets(chunk, threshold=parameter, tail=tail, rounding=rounding)
+        return threshold_targets(chunk, threshold=parameter, tail=at("tail"), rounding=at("rounding"))
     if method == "random":
-        return random_targets(chunk, points=uniforms("draws", **place, draws=int(parameter)))
+        return random_targets(chunk, points=at("draws", draws=int(parameter)))
     return top_k_targets(chunk, k=int(parameter))
 
 

@@ -90,8 +90,14 @@ class Teacher:
             _check_finite(chunk.entropy, samples[part], positions[part])
             entropy.append(chunk.entropy.cpu().numpy())
             logprob.append(chunk.logprob.cpu().numpy())
-            place = {"seed": sampling.seed, "sample_index": samples[part], "position": positions[part]}
-            found = sample(chunk, method=sampling.method, parameter=sampling.parameter, **place)
+            found = sample(
+                chunk,
+                method=sampling.method,
+                parameter=sampling.parameter,
+                seed=sampling.seed,
+                sample_index=samples[part],
+                position=positions[part],
+            )
             targets.append(found.cpu())
             if report:
                 report(len(found))
@@ -107,12 +113,12 @@ class Teacher:
             self.targets_for([row] * max(1, tokens // length), sampling=sampling)
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"the device is too small for a batch of {tokens:,} tokens (teacher.tokens_per_batch) with the logits of "
-                f"{self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or dataset.max_length"
+                f"the device is too small for a batch of {tokens:,} tokens (teacher.tokens_per_batch) with the "
+                f"logits of {self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or dataset.max_length"
             ) from error
 
     def _forward(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
-        """Run the model; return a function from a range of the wanted positions to their logits (n, V), fresh memory."""
+        """Run the model; return a function from a range of the wanted positions to their logits (n, V), to overwrite."""
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
         if self._head is None:
             logits = self.model(**inputs).logits[:, :-1][wanted]

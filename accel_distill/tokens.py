@@ -61,7 +61,9 @@ class SequenceRule:
         overlap by one token, so that every token but the first is some position's next token.
         """
         known = [text or "" for text in texts]
-        encoded = tokenizer(known, add_special_tokens=self.add_special_tokens, verbose=False)["input_ids"] if known else []
+        encoded = (
+            tokenizer(known, add_special_tokens=self.add_special_tokens, verbose=False)["input_ids"] if known else []
+        )
         eos = tokenizer.eos_token_id if self.append_eos else None
         rows, cut = [], 0
         for text, index, ids in zip(known, indices, encoded, strict=True):
@@ -111,7 +113,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def check_same_tokenizer(cached: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase", *, name: str) -> None:
-    """Raise CacheMismatch, naming the first difference, where `other` does not make the ids of the cache's tokenizer."""
+    """Raise CacheMismatch, naming the first difference, where `other` does not make the ids of the cache's one."""
     ours = {index: token for token, index in cached.get_vocab().items()}
     theirs = {index: token for token, index in other.get_vocab().items()}
     for index in sorted(ours):
