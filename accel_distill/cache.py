@@ -229,6 +229,7 @@ class _Rows:
             or np.diff(found).min() < 0
         ):
             raise DamagedCache(
-                f"shard {self._file.path}: column {name} does not ascend from 0 to {end}; delete it and run generate again"
+                f"shard {self._file.path}: column {name} does not ascend from 0 to {end}; delete the "
+                "file and run generate again"
             )
         return found

@@ -32,7 +32,9 @@ def total_weight(threshold: float) -> int:
 
 def weight_scale(method: Method, parameter: float) -> int:
     """Return what one unit of a stored value is a fraction of: M, the number of draws, or steps of a nat."""
-    return {"threshold": total_weight(parameter), "random": int(parameter), "top_k": LOGPROB_STEPS}[method]
+    if method == "threshold":
+        return total_weight(parameter)
+    return int(parameter) if method == "random" else LOGPROB_STEPS
 
 
 @functools.lru_cache(maxsize=16)

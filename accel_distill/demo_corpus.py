@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accel_distill.errors import RunError
 
-DOCUMENT_CHARACTERS = 700  # a document is closed at the paragraph that reaches this length
+DOCUMENT_CHARACTERS = 240  # a document is closed at the paragraph that reaches this length
 SMALLEST_CORPUS = 200_000  # characters; a stripped Python has none of these files
 # Directories of the standard library that are tests, other people's code, or one sentence repeated.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}

@@ -245,7 +245,8 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
     return (
         f"complete: {manifest['samples']:,} samples (to {end}), {sums['tokens']:,} tokens, {sums['positions']:,} "
         f"positions, {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a "
-        f"position); {sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; {record.path}"
+        f"position); {sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; "
+        f"{record.path}"
     )
 
 

@@ -67,14 +67,16 @@ def check_processes(environment: dict[str, str], *, found: int, has_gpu: bool) -
     if expected != found:
         raise ConfigError(
             f"the launcher started {expected} processes, but each of them is alone (world size {found}), so they "
-            "would do the same work; start them with launch/generate.sh or launch/train.sh, or set ACCELERATE_USE_CPU=true"
+            "would do the same work; start them with launch/generate.sh or launch/train.sh, or set "
+            "ACCELERATE_USE_CPU=true"
         )
     # accelerate sets the port when it is asked for several processes; without a GPU it then starts one
     asked_for_more = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment
     if found == 1 and asked_for_more and not has_gpu and "WORLD_SIZE" not in environment:
         raise ConfigError(
             "accelerate was asked for several processes, but there is no GPU, and then it starts one; for N "
-            "processes use launch/generate.sh N or launch/train.sh N, for one `accelerate launch --num_processes 1` (and no MASTER_PORT)"
+            "processes use launch/generate.sh N or launch/train.sh N, for one "
+            "`accelerate launch --num_processes 1` (and no MASTER_PORT)"
         )
 
 

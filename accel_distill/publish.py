@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from accel_distill.errors import DiskGuard
+from accel_distill.errors import DiskGuard, RunError
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 DISK_ERRORS = {
@@ -25,7 +25,8 @@ DISK_ERRORS = {
 def publish(data: bytes, path: Path, *, scratch: Path) -> bool:
     """Give `data` its final name, durably; return False, leaving it, where a file of that name is there already.
 
-    `scratch` is a directory of the same file system. Raises DiskGuard for a full or read-only disk.
+    `scratch` is a directory of the same file system. Raises DiskGuard for a full or read-only disk, RunError for any
+    other failure of the file system.
     """
     with _written(data, path, scratch) as temporary:
         try:
@@ -82,9 +83,10 @@ def _written(data: bytes, path: Path, scratch: Path) -> Iterator[Path]:
                 f"{path}: {DISK_ERRORS[error.errno]} ({len(data):,} bytes were to be written); nothing half-written "
                 "was kept: make room, then run the same command again"
             ) from error
-        raise
+        raise RunError(f"{path}: cannot be written ({error.strerror}); nothing half-written was kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or a disk that takes nothing more: `remove_stale` comes by later
+            temporary.unlink()
 
 
 def _write(data: bytes, path: Path) -> None:

@@ -114,11 +114,12 @@ class Teacher:
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"the device is too small for a batch of {tokens:,} tokens (teacher.tokens_per_batch) with the "
-                f"logits of {self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or dataset.max_length"
+                f"logits of {self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or "
+                "dataset.max_length"
             ) from error
 
     def _forward(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
-        """Run the model; return a function from a range of the wanted positions to their logits (n, V), to overwrite."""
+        """Run the model; return a function from a range of wanted positions to their logits (n, V), to overwrite."""
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
         if self._head is None:
             logits = self.model(**inputs).logits[:, :-1][wanted]

@@ -138,9 +138,7 @@ class DistillationTrainer(Trainer):
             confidence = logprob.exp()
             in_bin = F.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS)
             one, agreed = torch.ones_like(ce), (top_id == chunk.teacher_top_id).float()
-            by_bin = (
-                torch.stack([one, confidence, top_id == chunk.labels], dim=1)[:, :, None] * in_bin[:, None]
-            )
+            by_bin = torch.stack([one, confidence, top_id == chunk.labels], dim=1)[:, :, None] * in_bin[:, None]
             counted = torch.stack([one, kd, ce, agreed, 0 * one], dim=1)
             rows.index_add_(0, chunk.samples, torch.cat([counted, by_bin.flatten(1)], dim=1))
         rows[:, 1] -= self._teacher_entropy(inputs)
@@ -151,9 +149,7 @@ class DistillationTrainer(Trainer):
         """Return KD (from sampled targets: before the teacher's entropy) and CE by position, (n,) both."""
         logits = chunk.logits
         divergence = DIVERGENCES[self.target_method]
-        kd = divergence(
-            logits if self.kd_weight else logits.detach(), chunk.entries, temperature=self.temperature
-        )
+        kd = divergence(logits if self.kd_weight else logits.detach(), chunk.entries, temperature=self.temperature)
         return kd, cross_entropy(logits if self.ce_weight else logits.detach(), chunk.labels)
 
     def _teacher_entropy(self, inputs: Batch) -> Tensor:

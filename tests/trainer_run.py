@@ -136,15 +136,11 @@ def make_trainer(
     )
 
 
-def train(
-    output_dir: Path, *, batch: int, accumulation: int
-) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def train(output_dir: Path, *, batch: int, accumulation: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Train STEPS steps of 4 samples in all, with evaluations of 5 in between; return weights and log."""
     teacher = tiny_llama(spread=0.3)
     samples = cached_samples(teacher, ragged_ids(4 * STEPS))
-    trainer = make_trainer(
-        output_dir, batch=batch, accumulation=accumulation, train=samples, evaluation=samples[:5]
-    )
+    trainer = make_trainer(output_dir, batch=batch, accumulation=accumulation, train=samples, evaluation=samples[:5])
     trainer.train()
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     return {name: weight.clone() for name, weight in weights.items()}, trainer.state.log_history
@@ -158,7 +154,7 @@ def evaluate(output_dir: Path, sizes: list[int]) -> dict[str, dict[str, float]]:
 
 
 def main(output_dir: Path) -> None:
-    """Train and evaluate on the processes that the launcher started; rank 0 writes `weights.pt` and `run.json`."""
+    """Train and evaluate on the processes of the launcher; rank 0 writes `weights.pt` and `run.json`."""
     weights, log = train(output_dir, batch=2, accumulation=1)
     metrics = evaluate(output_dir, EVAL_SIZES)
     if int(os.environ["RANK"]) == 0:

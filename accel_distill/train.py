@@ -1,0 +1,223 @@
+"""The command that trains a student: `accelerate launch -m accel_distill.train --config run.yaml`.
+
+The one decision: what the cache knows (tokenizer, temperature, method, length) is taken from the cache and
+not from the run file; what the run file says about its targets all the same must agree. The teacher is not
+needed, so a cache can be taken to a machine that has never seen it.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from accel_distill.cache import TeacherCache
+from accel_distill.collator import CachedLogitCollator
+from accel_distill.command_line import parse_arguments
+from accel_distill.config import RunConfig, TargetsConfig, load_config, resolved_yaml
+from accel_distill.errors import CacheMismatch, ConfigError, exit_with
+from accel_distill.processes import World, check_backend, start_processes
+from accel_distill.publish import replace
+from accel_distill.student import load_student
+from accel_distill.tokens import load_tokenizer
+from accel_distill.trainer import DistillationTrainer
+
+log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
+
+PARAMETER_NAMES = {"threshold": "threshold", "top_k": "top_k", "random": "draws"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+
+    def run() -> int:
+        path, overrides = parse_arguments(argv, "accel_distill.train")
+        train(load_config(path, overrides))
+        return 0
+
+    return exit_with(run)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train the student that `config` describes from its cache; return the final metrics.
+
+    `training.output_dir` then holds the student and its tokenizer, `all_results.json` with the metrics,
+    `trainer_state.json` with the log and `run.yaml`. Raises the RunErrors of errors.py. Every rank of the run
+    calls it.
+    """
+    if config.student is None:
+        raise ConfigError("student: is missing; training needs student.model or student.config")
+    world = start_processes()
+    _set_up_logging(world)
+    cache = TeacherCache(config.cache.path)
+    check_targets(config.targets, cache)
+    arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    student = load_student(
+        config.student,
+        tokenizer,
+        vocab_size=cache.vocab_size,
+        max_length=cache.max_length,
+        seed=arguments.seed,
+    )
+    samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
+    training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
+    _check_evaluation(arguments, held_out)
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        kd_weight=config.loss.kd_weight,
+        ce_weight=config.loss.ce_weight,
+        temperature=cache.temperature,
+        target_method=cache.method,
+        data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
+        train_dataset=Subset(samples, training),
+        eval_dataset=Subset(samples, held_out) if held_out else None,
+        processing_class=tokenizer,
+    )
+    check_backend(dict(os.environ), distributed_type=trainer.accelerator.distributed_type.value)
+    if world.is_main:
+        _write_run_file(config, Path(arguments.output_dir))
+    metrics = _run(trainer, has_held_out=bool(held_out))
+    metrics |= {
+        "train_samples": len(training),
+        "eval_samples": len(held_out),
+        "world_size": world.world_size,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+    }
+    trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
+    if world.is_main:
+        print(summary(metrics, output_dir=arguments.output_dir), flush=True)
+    trainer.accelerator.end_training()
+    return metrics
+
+
+def check_targets(targets: TargetsConfig, cache: TeacherCache) -> None:
+    """Raise CacheMismatch where the run file says anything about its targets that is not so in the cache."""
+    made = {
+        "method": cache.method,
+        PARAMETER_NAMES[cache.method]: cache.parameter,
+        "temperature": cache.temperature,
+        "seed": cache.identity["targets"]["seed"],
+    }
+    for name, value in made.items():
+        found = getattr(targets, name)
+        if name in targets.model_fields_set and found != value:
+            raise CacheMismatch(
+                f"targets.{name} is {found}, but the cache {cache.path} was made with {value}; leave it out "
+                "(training takes it from the cache), or generate a cache with it under another cache.path"
+            )
+
+
+def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArguments:
+    """Return section `training` as TrainingArguments, with what this trainer needs; refuse a contrary value."""
+    forced = {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "average_tokens_across_devices": True,
+        "batch_eval_metrics": False,
+        "eval_do_concat_batches": True,
+        "use_cpu": not has_gpu,
+    }
+    for name, value in forced.items():
+        if values.get(name, value) != value:
+            raise ConfigError(
+                f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
+            )
+    no_terminal = not sys.stderr.isatty()  # a bar would fill a log file
+    resumed = values.get("resume_from_checkpoint")
+    if resumed is not None and not Path(resumed).is_dir():
+        raise ConfigError(f"training.resume_from_checkpoint: there is no directory {resumed}")
+    try:
+        return TrainingArguments(**{"report_to": "none", "disable_tqdm": no_terminal, **values, **forced})
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"section training: {' '.join(str(error).split())}") from error
+
+
+def split_items(cache: TeacherCache, *, eval_samples: int) -> tuple[list[int], list[int]]:
+    """Return the items to train on and the held-out ones, whose sample index is below `eval_samples`.
+
+    An item without any target teaches nothing and is left out of training, which is said once.
+    """
+    is_held_out = cache.sample_indices < eval_samples
+    has_target = cache.position_counts > 0
+    training = np.flatnonzero(~is_held_out & has_target).tolist()
+    held_out = np.flatnonzero(is_held_out).tolist()
+    if not training:
+        raise ConfigError(
+            f"cache {cache.path}: of its {len(cache):,} samples none is left to train on, with "
+            f"dataset.eval_samples={eval_samples}; lower it, or generate more"
+        )
+    without = int((~is_held_out & ~has_target).sum())
+    log.info(
+        "%s samples to train on (%s without a target left out), %s held out",
+        *(f"{number:,}" for number in (len(training), without, len(held_out))),
+    )
+    return training, held_out
+
+
+def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
+    """Return the final metrics as a small table for people."""
+    lines = []
+    if "eval_positions" in metrics:
+        lines = [
+            f"held out: {metrics['eval_samples']:,} samples, {metrics['eval_positions']:,} positions",
+            f"{'':28}{'student':>10}{'teacher':>10}",
+            f"{'cross-entropy, nats':28}{metrics['eval_ce']:10.4f}{metrics['eval_teacher_ce']:10.4f}",
+            f"{'KL(teacher || student)':28}{metrics['eval_kl']:10.4f}",
+            f"{'top-1 agreement':28}{metrics['eval_top1_agreement']:10.2%}",
+            f"{'expected calibration error':28}{metrics['eval_ece']:10.2%}",
+        ]
+    trained = f"{metrics['train_samples']:,} samples, {metrics['epoch']:.4g} epochs, {metrics['train_runtime']:.0f} s"
+    return "\n".join([*lines, f"trained on {trained}; the student is in {output_dir}"])
+
+
+def _run(trainer: DistillationTrainer, *, has_held_out: bool) -> dict[str, Any]:
+    """Train, save the student, evaluate it; return what the Trainer measured."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = dict(result.metrics)
+    if has_held_out:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    return metrics
+
+
+def _check_evaluation(arguments: TrainingArguments, held_out: list[int]) -> None:
+    if not held_out and arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"training.eval_strategy is {arguments.eval_strategy.value}, but no sample is held out; set it to "
+            "'no', or dataset.eval_samples above 0"
+        )
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with: any does, padding is neither attended to nor a target."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in ids if number is not None)
+
+
+def _write_run_file(config: RunConfig, output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
+    except OSError as error:
+        raise ConfigError(f"training.output_dir: {output_dir} cannot be written to: {error.strerror}") from error
+
+
+def _set_up_logging(world: World) -> None:
+    """Let rank 0 speak, the others only warn; without transformers' bars of loading weights."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("accel_distill").setLevel(logging.INFO if world.is_main else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

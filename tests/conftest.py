@@ -1,0 +1,31 @@
+"""What all tests share: no network, the checkout's own package in subprocesses, the data of `../shared/data`."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before any test imports a Hugging Face library, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the directory with the real teacher and text; skip where it is not (see its place in the reason)."""
+    path = Path(os.environ.get("ACCEL_DISTILL_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}; $ACCEL_DISTILL_SHARED_DATA may name another place")
+    return path
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that is marked `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
