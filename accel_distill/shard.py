@@ -10,13 +10,14 @@ hash of its image are right. It costs a hash of the file (about 1 GB/s) on first
 HDF5 tools skip the header (they look for their signature at 0, 512, 1024, 2048, 4096).
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -85,14 +86,14 @@ class ShardFile:
         """Open `path` and check it against its header and the columns that it must have."""
         self.path = path
         self.header = _verify_image(path)
-        try:
+        with _hdf5(path, "it cannot be opened"):
             self._file = h5py.File(path, "r", locking=False)
-        except (OSError, RuntimeError) as error:
-            raise _damaged(path, f"HDF5 cannot open it ({error})") from error
         try:
-            self._columns = {name: self._checked_column(name, dtype) for name, dtype in dtypes.items()}
-            if extra := set(self._file) - set(dtypes):
-                raise _damaged(path, f"it has columns that do not belong to it: {sorted(extra)}")
+            with _hdf5(path, "its columns cannot be read"):
+                self._columns = {name: self._checked_column(name, dtype) for name, dtype in dtypes.items()}
+                extra = sorted(set(self._file) - set(dtypes))
+            if extra:
+                raise _damaged(path, f"it has columns that do not belong to it: {extra}")
         except BaseException:
             self.close()
             raise
@@ -122,12 +123,10 @@ class ShardFile:
         """Return one chunk, never inflating more than its declared size."""
         column = self._columns[name]
         size = column.chunks[0] * column.dtype.itemsize
-        try:
+        with _hdf5(self.path, f"column {name} cannot be read at {at}"):
             mask, raw = column.id.read_direct_chunk((at,))
             inflater = zlib.decompressobj()
             data = inflater.decompress(raw, size + 1)
-        except (OSError, RuntimeError, zlib.error) as error:
-            raise _damaged(self.path, f"column {name} cannot be read at {at} ({error})") from error
         if mask or len(data) != size or not inflater.eof:
             raise _damaged(self.path, f"column {name}: the chunk at {at} does not hold exactly {size} bytes")
         shuffled = np.frombuffer(data, np.uint8).reshape(column.dtype.itemsize, -1)
@@ -233,6 +232,15 @@ def _verify_image(path: Path) -> ShardHeader:
                 raise _damaged(path, "its data do not have the hash that its header says")
             _verified.add(key)
     return header
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path, what: str) -> Iterator[None]:
+    """Turn all that h5py raises where HDF5 or zlib cannot make sense of a file into DamagedCache."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, zlib.error) as error:
+        raise _damaged(path, f"{what} ({error})") from error
 
 
 def _damaged(path: Path, what: str) -> DamagedCache:

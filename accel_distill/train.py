@@ -70,6 +70,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
     training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
     _check_evaluation(arguments, held_out)
+    output_dir = _make_directory(arguments.output_dir)
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -84,7 +85,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     )
     check_backend(dict(os.environ), distributed_type=trainer.accelerator.distributed_type.value)
     if world.is_main:
-        _write_run_file(config, Path(arguments.output_dir))
+        replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
     metrics = _run(trainer, has_held_out=bool(held_out))
     metrics |= {
         "train_samples": len(training),
@@ -204,12 +205,13 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(number for number in ids if number is not None)
 
 
-def _write_run_file(config: RunConfig, output_dir: Path) -> None:
+def _make_directory(path: str) -> Path:
+    """Make the output directory, before the Trainer does, with a sentence where it cannot be."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"training.output_dir: {output_dir} cannot be written to: {error.strerror}") from error
+        raise ConfigError(f"training.output_dir: {path} cannot be made: {error.strerror}") from error
+    return Path(path)
 
 
 def _set_up_logging(world: World) -> None:

@@ -25,28 +25,25 @@ WORDS = {
     "str": "text",
 }
 
+NO_LENGTHS = "a cached sample does not tell its length to a sampler"
+
 # What the trainer sets itself, or cannot honour: the values that are allowed, and why no other is.
 ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False,), "the targets are columns that the model's forward does not know"),
     "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all processes"),
     "label_names": ((["labels"],), "the collator names the labels"),
     "label_smoothing_factor": ((0,), "the loss is what section `loss` says"),
-    "train_sampling_strategy": (
-        ("random", "sequential"),
-        "a cached sample does not tell its length to a sampler",
-    ),
+    "train_sampling_strategy": (("random", "sequential"), NO_LENGTHS),
+    "group_by_length": ((False,), NO_LENGTHS),  # the same, in early versions of transformers 5
 }
 
 
 def check_training(values: Mapping[str, Any]) -> None:
     """Raise `WrongValue` for a name, type or value that training could not use."""
-    source = _transformers() / "training_args.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    enums = {
-        **_enums(tree),
-        **_enums(ast.parse((source.parent / "trainer_utils.py").read_text(encoding="utf-8"))),
-    }
-    annotations = _fields(tree, "TrainingArguments")
+    home = _transformers()
+    tree = ast.parse((home / "training_args.py").read_text(encoding="utf-8"))
+    other = ast.parse((home / "trainer_utils.py").read_text(encoding="utf-8"))
+    annotations, enums = _fields(tree, "TrainingArguments"), {**_enums(tree), **_enums(other)}
     for name, value in values.items():
         if name not in annotations:
             near = did_you_mean(name, annotations) or "see the fields of transformers.TrainingArguments"
@@ -92,9 +89,7 @@ def _check_type(name: str, value: Any, *, annotation: ast.expr, enums: Mapping[s
     if choices:
         if value not in choices:
             near = isinstance(value, str) and did_you_mean(value, choices)
-            raise WrongValue(
-                name, f"found {describe(value)}; {near or 'expected one of ' + ', '.join(choices)}"
-            )
+            raise WrongValue(name, f"found {describe(value)}; {near or 'expected one of ' + ', '.join(choices)}")
     elif members <= {*PLAIN_TYPES, "None"}:
         kinds = [kind for kind in PLAIN_TYPES if kind in members]
         if not any(_is_a(value, PLAIN_TYPES[kind]) for kind in kinds):

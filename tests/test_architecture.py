@@ -132,4 +132,4 @@ def test_the_public_names_are_those_of_their_modules() -> None:
     assert accel_distill.CachedLogitCollator is CachedLogitCollator
     assert accel_distill.DistillationTrainer is DistillationTrainer
     with pytest.raises(AttributeError, match="Nothing"):
-        accel_distill.Nothing
+        _ = accel_distill.Nothing

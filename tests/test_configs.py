@@ -1,0 +1,80 @@
+"""Every file in configs/ loads, and says what its name promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from accel_distill.config import load_config
+
+RUN_FILES = sorted((ROOT / "configs").glob("*.yaml"))
+ACCELERATE_FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+DEEPSPEED_FILES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+
+# What `accelerate launch` starts from each file: its distributed type, and the ZeRO stage or FSDP version.
+KINDS = {
+    "cpu": ("MULTI_GPU", None),
+    "ddp": ("MULTI_GPU", None),
+    "multi_node": ("MULTI_GPU", None),
+    "fsdp2": ("FSDP", 2),
+    "zero1": ("DEEPSPEED", 1),
+    "zero2": ("DEEPSPEED", 2),
+    "zero3": ("DEEPSPEED", 3),
+}
+
+
+def test_every_file_is_tried() -> None:
+    names = [path.stem for path in RUN_FILES]
+    assert names == ["c4-en", "fineweb-qwen3", "fineweb-smollm2", "local-jsonl", "slimpajama"]
+    assert {path.stem for path in ACCELERATE_FILES} == set(KINDS)
+    assert [path.stem for path in DEEPSPEED_FILES] == ["zero1", "zero2", "zero3"]
+    tried = {*RUN_FILES, *ACCELERATE_FILES, *DEEPSPEED_FILES}
+    assert {path for path in (ROOT / "configs").rglob("*") if path.is_file()} == tried
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_a_run_file_loads_and_can_be_trained_from(path: Path) -> None:
+    config = load_config(path)
+    assert config.student is not None
+    assert config.training["output_dir"].startswith("runs/")
+    assert config.cache.path.parts[0] == "caches"
+    assert load_config(path, ["dataset.max_samples=1000"]).dataset.max_samples == 1000
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_the_training_section_makes_training_arguments(path: Path, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    arguments = load_config(path).training | {"output_dir": str(tmp_path), "use_cpu": True}
+    made = TrainingArguments(**arguments)
+    assert made.learning_rate == arguments["learning_rate"]
+
+
+@pytest.mark.parametrize("path", ACCELERATE_FILES, ids=lambda path: path.stem)
+def test_an_accelerate_file_is_what_accelerate_launch_makes_of_it(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    kind, number = KINDS[path.stem]
+    assert load_config_from_file(str(path)).distributed_type == kind  # refuses unknown keys
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "--num_processes", "4", "train.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert (arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed) == tuple(
+        kind == other for other in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    )
+    assert number in (None, int(arguments.zero_stage or 0), int(arguments.fsdp_version))
+    assert arguments.num_processes == 4
+    assert arguments.num_machines == (2 if path.stem == "multi_node" else 1)
+    assert arguments.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.stem)
+def test_a_deepspeed_file_has_the_stage_of_its_name_and_leaves_the_rest_to_training(path: Path) -> None:
+    settings = json.loads(path.read_text())
+    assert settings["zero_optimization"]["stage"] == int(path.stem[-1])
+    assert settings["bf16"] == {"enabled": "auto"}
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert settings[name] == "auto"
+    gathers = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
+    assert gathers == (path.stem == "zero3")  # or the saved student would be empty

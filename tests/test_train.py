@@ -1,0 +1,335 @@
+"""The command `accel_distill.train`, on a cache of a tiny teacher: what it writes, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from accel_distill.cache import TeacherCache
+from accel_distill.collator import CachedLogitCollator
+from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.errors import CacheMismatch, ConfigError, RunError
+from accel_distill.generate import generate
+from accel_distill.processes import check_backend
+from accel_distill.train import main, split_items, train, training_arguments
+from accel_distill.trainer import DistillationTrainer
+
+VOCAB = len(make_tokenizer())
+SAMPLES = 41
+HELD_OUT = 9  # of which one is empty
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small is slower on several threads, and much slower where they have to wait for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher, its texts and a complete cache."""
+    path = tmp_path_factory.mktemp("run")
+    make_teacher(path / "teacher", vocab=VOCAB)
+    write_jsonl(path / "texts.jsonl", [story(n) for n in range(SAMPLES)])
+    generate(configured(path, path / "none"))
+    return path
+
+
+def configured(run: Path, output_dir: Path, **changes: dict[str, Any]) -> RunConfig:
+    """Return a short training run on the cache in `run`; `changes` are sections, whose keys replace these."""
+    sections: dict[str, dict[str, Any]] = {
+        "dataset": {"max_samples": SAMPLES, "eval_samples": HELD_OUT},
+        "student": {"config": SIZES},
+        "training": {
+            "output_dir": str(output_dir),
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
+    }
+    merged = {name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
+    return run_config(run / "teacher", run / "texts.jsonl", run / "cache", **merged)
+
+
+def results(output_dir: Path) -> dict[str, Any]:
+    return json.loads((output_dir / "all_results.json").read_text())
+
+
+def test_training_writes_the_student_its_tokenizer_metrics_and_the_resolved_configuration(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(run, tmp_path)
+    metrics = train(config)
+    assert metrics == results(tmp_path)
+    cache = TeacherCache(run / "cache")
+    held_out = cache.position_counts[cache.sample_indices < HELD_OUT]
+    assert metrics["eval_positions"] == held_out.sum() > 50
+    assert metrics["eval_samples"] == HELD_OUT and 0 in held_out
+    assert metrics["train_samples"] == (cache.position_counts[HELD_OUT:] > 0).sum() < SAMPLES - HELD_OUT
+    assert (metrics["world_size"], metrics["distributed_type"]) == (1, "NO")
+    assert metrics["eval_loss"] == metrics["eval_kl"] > 0  # kd_weight 1, ce_weight 0
+    assert (tmp_path / "run.yaml").read_text() == resolved_yaml(config)
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "kd" in line and "ce" in line] == [1, 2, 3, 4]
+    printed = capsys.readouterr().out
+    assert f"{metrics['eval_kl']:.4f}" in printed and str(tmp_path) in printed
+
+
+def test_the_saved_student_loads_in_plain_transformers_and_has_the_reported_metrics(run: Path, tmp_path: Path) -> None:
+    metrics = train(configured(run, tmp_path, loss={"kd_weight": 0.5, "ce_weight": 0.5}))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert student.config.vocab_size == VOCAB
+    assert student.config.eos_token_id == tokenizer.eos_token_id == 1
+    assert tokenizer(story(3))["input_ids"] == make_tokenizer()(story(3))["input_ids"]
+    cache = TeacherCache(run / "cache")
+    kd = ce = 0.0
+    for item in range(HELD_OUT):
+        sample = cache[item]
+        if len(sample.targets):
+            with torch.no_grad():
+                logprobs = torch.log_softmax(student(input_ids=sample.input_ids[None]).logits[0, :-1], dim=-1)
+            kd -= float((sample.targets.to_dense(VOCAB) * logprobs).sum()) + sample.teacher_entropy
+            ce -= float(logprobs.gather(1, sample.input_ids[1:, None]).sum())
+    assert metrics["eval_kl"] == pytest.approx(kd / metrics["eval_positions"], rel=1e-5)
+    assert metrics["eval_ce"] == pytest.approx(ce / metrics["eval_positions"], rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx((metrics["eval_kl"] + metrics["eval_ce"]) / 2)
+
+
+def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Path, tmp_path: Path) -> None:
+    expected = train(configured(run, tmp_path / "one"))
+    config = configured(run, tmp_path / "two", training={"per_device_train_batch_size": 2})
+    (tmp_path / "run.yaml").write_text(resolved_yaml(config))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "accel_distill.train", "--config", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = results(tmp_path / "two")
+    assert (found["world_size"], found["distributed_type"]) == (2, "MULTI_CPU")
+    for key in ("kl", "ce", "teacher_ce", "top1_agreement", "ece", "loss", "positions"):
+        assert found[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-4), key
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=5e-6)
+    assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
+
+
+def test_a_student_that_is_the_teacher_has_its_cross_entropy_and_almost_no_kl(run: Path, tmp_path: Path) -> None:
+    teacher = {"config": None, "model": str(run / "teacher")}
+    metrics = train(configured(run, tmp_path, student=teacher, training={"learning_rate": 0.0, "max_steps": 1}))
+    assert metrics["eval_top1_agreement"] == 1.0
+    assert metrics["eval_ce"] == pytest.approx(metrics["eval_teacher_ce"], abs=1e-3)
+    assert abs(metrics["eval_kl"]) < 0.1  # by sampling; an untrained student has more than 0.5
+    stranger = train(configured(run, tmp_path, training={"learning_rate": 0.0, "max_steps": 1}))
+    assert stranger["eval_kl"] > 0.5
+
+
+def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 30}
+    kd = train(configured(run, tmp_path, training=settings))
+    ce = train(configured(run, tmp_path, loss={"kd_weight": 0.0, "ce_weight": 1.0}, training=settings))
+    start = train(configured(run, tmp_path, training={"learning_rate": 0.0, "max_steps": 1}))
+    assert kd["eval_kl"] < start["eval_kl"] - 0.1 and ce["eval_ce"] < start["eval_ce"] - 0.1
+    assert kd["eval_kl"] < ce["eval_kl"]
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(configured(run, tmp_path / "whole", training=saving))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = saving | {"resume_from_checkpoint": checkpoint}
+    train(configured(run, tmp_path / "resumed", training=resumed))
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    halfway = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    again = load_file(tmp_path / "resumed" / "model.safetensors")
+    assert any(not torch.equal(whole[name], halfway[name]) for name in whole)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_student_from_scratch_takes_vocabulary_special_ids_and_seed_from_cache_and_training(
+    run: Path, tmp_path: Path
+) -> None:
+    frozen = {"learning_rate": 0.0, "max_steps": 1}
+    weights = []
+    for seed in (1, 1, 2):
+        train(configured(run, tmp_path, training=frozen | {"seed": seed}))
+        weights.append(load_file(tmp_path / "model.safetensors")["lm_head.weight"])
+    assert weights[0].shape == (VOCAB, 16)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_wider_padded_vocabulary_trains(run: Path, tmp_path: Path) -> None:
+    metrics = train(configured(run, tmp_path, student={"config": SIZES | {"vocab_size": VOCAB + 64}}))
+    assert metrics["eval_positions"] > 50
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.out_features == VOCAB + 64
+
+
+def test_without_held_out_samples_it_trains_on_all_and_reports_no_evaluation(run: Path, tmp_path: Path) -> None:
+    metrics = train(configured(run, tmp_path, dataset={"eval_samples": 0}))
+    assert not [key for key in metrics if key.startswith("eval_") and key != "eval_samples"]
+    assert metrics["eval_samples"] == 0 and (tmp_path / "model.safetensors").exists()
+
+
+def test_held_out_samples_and_samples_without_targets_are_never_trained_on(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TeacherCache(run / "cache")
+    with caplog.at_level("INFO", logger="accel_distill"):
+        training, held_out = split_items(cache, eval_samples=HELD_OUT)
+    assert {int(cache.sample_indices[item]) for item in held_out} == set(range(HELD_OUT))
+    assert all(cache.sample_indices[item] >= HELD_OUT and len(cache[item].targets) for item in training)
+    left_out = SAMPLES - len(training) - len(held_out)
+    assert left_out == 3  # the empty texts 18, 29 and 40
+    assert f"{len(training)} samples to train on ({left_out} without a target left out)" in caplog.text
+
+
+def other_tokenizer(path: Path) -> Path:
+    """Save a teacher whose tokenizer has two words swapped."""
+    make_teacher(path)
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(tokenizer))
+    return path
+
+
+def test_a_student_with_another_tokenizer_is_refused_naming_the_first_difference(run: Path, tmp_path: Path) -> None:
+    student = {"config": None, "model": str(other_tokenizer(tmp_path / "student"))}
+    with pytest.raises(CacheMismatch, match=r"id \d+ is 'b', in the cache 'a'"):
+        train(configured(run, tmp_path / "out", student=student))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pretrained_student_without_a_tokenizer_is_taken_with_a_word(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_teacher(tmp_path / "student", seed=5)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with caplog.at_level("WARNING", logger="accel_distill"):
+        train(configured(run, tmp_path / "out", student={"config": None, "model": str(path)}))
+    assert "has no tokenizer" in caplog.text
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 1
+
+
+REFUSED: list[tuple[dict[str, dict[str, Any]], type[RunError], str]] = [
+    ({"student": {"config": None, "model": "/nowhere/model"}}, ConfigError, "/nowhere/model: there is no such"),
+    ({"student": {"config": SIZES | {"model_type": "lama"}}}, ConfigError, "did you mean 'llama'"),
+    ({"student": {"config": SIZES | {"model_type": "vit"}}}, ConfigError, "'vit' is no causal language model"),
+    ({"student": {"config": SIZES | {"hiden_size": 4}}}, ConfigError, "hiden_size: unknown key; did you mean"),
+    ({"student": {"config": SIZES | {"hidden_size": "x"}}}, ConfigError, "hidden_size' expected int"),
+    ({"student": {"config": SIZES | {"hidden_size": 15}}}, ConfigError, "not a multiple of the number"),
+    ({"student": {"config": SIZES | {"hidden_size": -4}}}, ConfigError, "negative dimension -4"),
+    ({"student": {"config": SIZES | {"vocab_size": 200}}}, CacheMismatch, "vocab_size is 200"),
+    (
+        {"student": {"config": SIZES | {"max_position_embeddings": MAX_LENGTH - 1}}},
+        ConfigError,
+        f"max_position_embeddings is {MAX_LENGTH - 1}, but the samples of the cache have up to {MAX_LENGTH}",
+    ),
+    ({"targets": {"threshold": 0.06}}, CacheMismatch, "targets.threshold is 0.06, but the cache .* 0.05"),
+    ({"targets": {"method": "top_k"}}, CacheMismatch, "targets.method is top_k, but .* threshold"),
+    ({"targets": {"temperature": 2.0}}, CacheMismatch, "targets.temperature is 2.0"),
+    ({"dataset": {"eval_samples": SAMPLES - 1, "max_samples": 99}}, ConfigError, "none is left to train on"),
+    (
+        {"dataset": {"eval_samples": 0}, "training": {"eval_strategy": "epoch"}},
+        ConfigError,
+        "training.eval_strategy is epoch, but no sample is held out",
+    ),
+    ({"training": {"resume_from_checkpoint": "/nowhere/c"}}, ConfigError, "no directory /nowhere/c"),
+    ({"training": {"batch_eval_metrics": True}}, ConfigError, "training.batch_eval_metrics: is True"),
+    (
+        {"training": {"load_best_model_at_end": True, "save_strategy": "epoch"}},
+        ConfigError,
+        "section training: .*load_best_model_at_end",
+    ),
+    ({"training": {"output_dir": "/dev/null/x"}}, ConfigError, "training.output_dir: /dev/null/x cannot be"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "sentence"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    run: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], error: type[RunError], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence) as raised:
+        train(configured(run, tmp_path, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_that_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
+    student = {"config": SIZES}
+    config = run_config(run / "teacher", run / "texts.jsonl", tmp_path / "nothing", student=student)
+    with pytest.raises(ConfigError, match=str(tmp_path / "nothing")):
+        train(config)
+
+
+def test_a_run_file_without_a_student_is_refused(run: Path) -> None:
+    config = run_config(run / "teacher", run / "texts.jsonl", run / "cache")
+    with pytest.raises(ConfigError, match="student: is missing"):
+        train(config)
+
+
+def test_a_backend_that_was_not_taken_up_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched_with_fsdp(environment: dict[str, str], *, distributed_type: str) -> None:
+        check_backend(environment | {"ACCELERATE_USE_FSDP": "true"}, distributed_type=distributed_type)
+
+    monkeypatch.setattr("accel_distill.train.check_backend", launched_with_fsdp)
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP is set, but the run is NO"):
+        train(configured(run, tmp_path))
+
+
+def test_the_command_reads_overrides_and_turns_an_error_into_a_sentence_and_a_status(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(resolved_yaml(configured(run, tmp_path / "out")))
+    assert main(["--config", str(path), "training.max_steps=1"]) == 0
+    assert results(tmp_path / "out")["train_loss"] > 0
+    assert main(["--config", str(path), "targets.threshold=0.1"]) == 5
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1].startswith("error: targets.threshold is 0.1, but the cache")
+
+
+def test_a_real_student_that_is_its_teacher_has_kl_zero_within_sampling_error(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    teacher = shared_data / "models" / "stories260K"
+    texts = (shared_data / "text" / "tinystories_valid.jsonl").read_text().splitlines()[:60]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    dataset = {"max_samples": 60, "eval_samples": 2, "max_length": 128}
+    generate(run_config(teacher, tmp_path / "texts.jsonl", tmp_path / "cache", dataset=dataset))
+    cache = TeacherCache(tmp_path / "cache")
+    student = AutoModelForCausalLM.from_pretrained(teacher)
+    arguments = training_arguments({"output_dir": str(tmp_path / "out")}, has_gpu=torch.cuda.is_available())
+    trainer = DistillationTrainer(student, arguments, data_collator=CachedLogitCollator(pad_token_id=0))
+    metrics = trainer.evaluate(cache)
+    samples = [trainer.evaluate([cache[item]])["eval_kl"] for item in range(0, 60, 3)]
+    error = torch.tensor(samples).std().item() / 60**0.5
+    assert metrics["eval_positions"] > 5000 and 0 < error < 0.01
+    assert abs(metrics["eval_kl"]) < 4 * error
+    assert metrics["eval_top1_agreement"] > 0.9999
+    assert metrics["eval_ce"] == pytest.approx(metrics["eval_teacher_ce"], abs=1e-3)
