@@ -44,9 +44,7 @@ def check(argv: list[str]) -> int:
     from accel_distill.config import load_config
 
     config = load_config(path, overrides)
-    samples = (
-        "all samples" if config.dataset.max_samples is None else f"{config.dataset.max_samples:,} samples"
-    )
+    samples = "all samples" if config.dataset.max_samples is None else f"{config.dataset.max_samples:,} samples"
     print(
         f"{path}: valid: teacher {config.teacher.model}, {samples} of {config.dataset.name},"
         f" {config.targets.method} {config.targets.parameter:g}, into {config.cache.path}"
@@ -92,9 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif word in COMMANDS:
         return COMMANDS[word](arguments[1:])
     elif word in LAUNCHED:
-        raise ConfigError(
-            f"{word} runs under a launcher: accelerate launch -m accel_distill.{word} --config FILE"
-        )
+        raise ConfigError(f"{word} runs under a launcher: accelerate launch -m accel_distill.{word} --config FILE")
     else:
         what = "no command" if word is None else f"unknown command or flag {word!r}"
         raise ConfigError(f"{what}; expected one of {', '.join(COMMANDS)}, --help, --version")

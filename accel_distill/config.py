@@ -106,9 +106,7 @@ class DatasetConfig(Section):
             raise WrongValue("data_files", f"is missing; {self.name!r} is read from the files that it names")
         if self.max_samples is not None and self.eval_samples >= self.max_samples:
             default = "" if "eval_samples" in self.model_fields_set else " (the default)"
-            problem = (
-                f"is {self.eval_samples}{default} of {self.max_samples} samples, so none is left to train on"
-            )
+            problem = f"is {self.eval_samples}{default} of {self.max_samples} samples, so none is left to train on"
             advice = f"expected less, so add for example dataset.eval_samples={self.max_samples // 10}"
             raise WrongValue("eval_samples", f"{problem}; {advice}")
         return self
@@ -118,9 +116,7 @@ class TargetsConfig(Section):
     """What is stored of a distribution."""
 
     method: Literal["threshold", "top_k", "random"] = "threshold"
-    threshold: Annotated[float, Field(ge=1e-6, lt=1)] = (
-        0.03  # 1e-6: weights in units of 2**-24, exact in float32
-    )
+    threshold: Annotated[float, Field(ge=1e-6, lt=1)] = 0.03  # 1e-6: weights in units of 2**-24, exact in float32
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64
     draws: Annotated[int, Field(ge=1, le=65_535)] = 50
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
@@ -155,9 +151,7 @@ class StudentConfig(Section):
         if self.model is None and self.config is None:
             raise WrongValue("model", "neither student.model nor student.config is there; expected one")
         if self.model is not None and self.config is not None:
-            problem = (
-                f"student.model is {self.model!r} and student.config is there too; expected one of the two"
-            )
+            problem = f"student.model is {self.model!r} and student.config is there too; expected one of the two"
             raise WrongValue("config", f"{problem} (student.model=null unsets it)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise WrongValue("config.model_type", "is missing; expected an architecture, such as llama")
@@ -174,9 +168,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
         if self.kd_weight == self.ce_weight == 0:
-            raise WrongValue(
-                "kd_weight", "loss.kd_weight and loss.ce_weight are both 0; expected one above 0"
-            )
+            raise WrongValue("kd_weight", "loss.kd_weight and loss.ce_weight are both 0; expected one above 0")
         return self
 
 
@@ -207,17 +199,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run file with its overrides (`section.key=value`). Raises `ConfigError`, for any mistake."""
     replaced = [parse_override(text) for text in overrides]
     values = apply_overrides(read_run_file(path), replaced)
-    given = {
-        name: section for name, section in values.items() if section is not None
-    }  # `loss:` and nothing below
+    given = {name: section for name, section in values.items() if section is not None}  # `loss:` and nothing below
     needed: dict[str, Any] = {"teacher": {}, "dataset": {}, "cache": {}}
     try:
         return RunConfig.model_validate({**needed, **given})
     except ValidationError as error:
         keys = {name: list(section.model_fields) if section else [] for name, section in SECTIONS.items()}
-        raise ConfigError(
-            first_mistake(error, source=str(path), overrides=replaced, sections=keys)
-        ) from error
+        raise ConfigError(first_mistake(error, source=str(path), overrides=replaced, sections=keys)) from error
 
 
 def resolved_yaml(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ runs nobody's code. Its cost: text that exists only after an import (C modules, 
 
 import ast
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -52,17 +53,21 @@ def write_documents(path: Path, documents: Iterable[str]) -> None:
 
 def source_texts(root: Path) -> Iterator[list[str]]:
     """Yield the texts that belong together: each topic of `pydoc`, then the docstrings of each file."""
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_DIRECTORIES.intersection(relative.parts):
-            continue
+    for path in source_files(root):
         tree = parse_source(path)
         if tree is None:
             continue
-        if relative == Path("pydoc_data/topics.py"):
+        if path == root / "pydoc_data" / "topics.py":
             yield from ([text] for text in topic_texts(tree))
         else:
             yield list(docstrings(tree))
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """Yield the library's files in order, without walking into `SKIPPED_DIRECTORIES`."""
+    for folder, directories, names in os.walk(root):
+        directories[:] = sorted(set(directories) - SKIPPED_DIRECTORIES)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def parse_source(path: Path) -> ast.Module | None:

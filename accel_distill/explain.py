@@ -46,9 +46,7 @@ def first_mistake(
     sections: Mapping[str, Iterable[str]],
 ) -> str:
     """Return the sentence for one validation error; `sections` maps each section to its valid keys."""
-    mistakes = sorted(
-        error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden"
-    )
+    mistakes = sorted(error.errors(include_url=False), key=lambda mistake: mistake["type"] != "extra_forbidden")
     mistake = mistakes[0]
     key, problem = _key(mistake), _problem(mistake, sections)
     place = f"{source}: {'.'.join(key)}"

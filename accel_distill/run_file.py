@@ -52,9 +52,7 @@ class RunFileLoader(yaml.SafeLoader):
         """Refuse anchors, aliases, tags and deep nesting before the node is built."""
         event: Any = self.peek_event()
         if event.anchor is not None:
-            raise _problem(
-                f"anchors and aliases ({event.anchor}) are not allowed: quote it", event.start_mark
-            )
+            raise _problem(f"anchors and aliases ({event.anchor}) are not allowed: quote it", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise _problem(f"tags ({event.tag}) are not allowed: quote it", event.start_mark)
         if self.depth == DEEPEST_NESTING:
@@ -92,9 +90,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     if values is None:
         raise ConfigError(f"{path}: is empty; expected sections such as `teacher:` and `dataset:`")
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: found {describe(values)}; expected sections such as `teacher:` and `dataset:`"
-        )
+        raise ConfigError(f"{path}: found {describe(values)}; expected sections such as `teacher:` and `dataset:`")
     return values
 
 
@@ -147,9 +143,7 @@ def describe(value: Any) -> str:
 def _read_text(path: Path) -> str:
     try:
         if not path.exists():
-            raise ConfigError(
-                f"{path}: no such file; `accel-distill init > run.yaml` writes one to start from"
-            )
+            raise ConfigError(f"{path}: no such file; `accel-distill init > run.yaml` writes one to start from")
         if not path.is_file():
             raise ConfigError(f"{path}: is not a regular file; expected a YAML run file")
         with path.open("rb") as file:

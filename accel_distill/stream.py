@@ -6,10 +6,12 @@ samples with the number of ranks or of files).
 """
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from accel_distill.config import DatasetConfig
 
 Text = str | None
+LONGEST_REASON = 400  # characters of another library's message
 COMMIT = re.compile(r"^hf://[^@]+@([0-9a-f]{40})/")
 
 
@@ -31,9 +34,15 @@ class TextStream:
     def __init__(self, config: "DatasetConfig") -> None:
         """Open the dataset; raise ConfigError for a dataset, split, file or column that is not there."""
         self._config = config
-        self.source, files = _describe(config)
-        self._dataset = _open(config, files)
+        builder = _builder(config)
+        self._files, self._fallback = _files(builder.config.data_files or {}, config), builder.hash
+        self._dataset = _open(config, self._files, reader=builder.name)
         self.length = None if config.streaming else len(self._dataset)  # samples, where known
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """What identifies the text: no absolute path, but for local files their content, which takes reading them."""
+        return _identity_of(self._files, fallback=self._fallback)
 
     def __iter__(self) -> Iterator[Text]:
         """Yield the text of each sample; None where it has none."""
@@ -42,7 +51,7 @@ class TextStream:
             for count, row in enumerate(self._dataset, start=1):
                 yield _text(row, config.text_column, index=count - 1)
         except _dataset_errors() as error:
-            raise ConfigError(f"dataset {config.name}: reading sample {count} failed: {_first_line(error)}") from error
+            raise ConfigError(f"dataset {config.name}: reading sample {count} failed: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Walk:
 
     def __iter__(self) -> Iterator[OpenShard]:
         """Yield this rank's shards, each once its last sample has come."""
-        for group in range(1 << 62):
+        for group in itertools.count():
             kept, hashes = self._read_group(group)
             self._check_committed(group, hashes)
             for lane in self._dealer.deal(group, self.total):
@@ -158,23 +167,29 @@ def hash_texts(texts: Sequence[Text]) -> str:
     return total.hexdigest()
 
 
-def _describe(config: "DatasetConfig") -> tuple[dict[str, Any], list[str] | None]:
-    """Return what identifies the text (no absolute path in it) and the files in order where they are to be permuted."""
+def _builder(config: "DatasetConfig") -> "datasets.DatasetBuilder":
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(
+        return datasets.load_dataset_builder(
             config.name, config.config_name, data_files=config.data_files, revision=config.revision
         )
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset.name: {config.name} cannot be opened: {_first_line(error)}") from error
-    found: Mapping[str, Any] = builder.config.data_files or {}
-    files = [str(file) for file in found.get(config.split, [])]
+        raise ConfigError(f"dataset.name: {config.name} cannot be opened: {_one_line(error)}") from error
+
+
+def _files(found: Mapping[str, Any], config: "DatasetConfig") -> list[str]:
+    """Return the files of the split, in the order in which they are read; none where they are not known."""
+    splits = [part.partition("[")[0].strip() for part in config.split.split("+")]  # train[:10%]+test
+    files = [str(file) for split in splits for file in found.get(split, [])]
     if config.shuffle_files is not None:
-        if not files:
-            raise ConfigError(f"dataset.shuffle_files: the files of {config.name} ({config.split}) are not known")
+        if not files or splits != [config.split]:
+            raise ConfigError(
+                f"dataset.shuffle_files: {config.shuffle_files}, but the files of {config.name} ({config.split}) are not "
+                f"known; the splits with files are {sorted(found)}; use one of them whole, or shuffle_files=null"
+            )
         random.Random(config.shuffle_files).shuffle(files)
-    return _identity_of(files, fallback=builder.hash), files if config.shuffle_files is not None else None
+    return files
 
 
 def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any]:
@@ -187,21 +202,21 @@ def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any
     return {"files": [[path.name, path.stat().st_size, _sha256(path)] for path in local]}
 
 
-def _open(config: "DatasetConfig", files: list[str] | None) -> "datasets.Dataset | datasets.IterableDataset":
+def _open(
+    config: "DatasetConfig", files: Sequence[str], *, reader: str
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """Open the split and look at its first sample; `reader` reads `files` where they are not in the usual order."""
     import datasets
 
-    names: dict[str, Any] = {"path": config.name, "name": config.config_name, "data_files": config.data_files}
-    if files is not None:
-        builder = datasets.load_dataset_builder(
-            config.name, config.config_name, data_files=config.data_files, revision=config.revision
-        )
-        names = {"path": builder.name, "name": None, "data_files": {config.split: files}}
-    revision = None if files is not None else config.revision
+    source: dict[str, Any] = {"path": config.name, "name": config.config_name, "data_files": config.data_files}
+    source["revision"] = config.revision
+    if config.shuffle_files is not None:
+        source = {"path": reader, "data_files": {config.split: list(files)}}
     try:
-        dataset = datasets.load_dataset(**names, split=config.split, streaming=config.streaming, revision=revision)
+        dataset = datasets.load_dataset(**source, split=config.split, streaming=config.streaming)
         first = next(iter(dataset), None)
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset {config.name} ({config.split}): {_first_line(error)}") from error
+        raise ConfigError(f"dataset {config.name} ({config.split}): {_one_line(error)}") from error
     if first is None:
         raise ConfigError(f"dataset {config.name} ({config.split}) is empty: there is no sample to run the teacher on")
     columns = sorted(first)
@@ -218,8 +233,8 @@ def _text(row: Mapping[str, Any], column: str, *, index: int) -> Text:
     texts = sorted(name for name, value in row.items() if isinstance(value, str))
     kind = "a list (a chat?)" if isinstance(text, list) else type(text).__name__
     raise ConfigError(
-        f"dataset.text_column: {column!r} holds {kind} at sample {index}, not text; "
-        + (f"the text columns are {texts}" if texts else "no column of that sample is text")
+        f"dataset.text_column: {column!r} holds {kind} at sample {index}, expected text"
+        + (f"; the columns with text are {texts}" if texts else "")
     )
 
 
@@ -230,12 +245,12 @@ def _dataset_errors() -> tuple[type[BaseException], ...]:
     return (DatasetsError, OSError, ValueError, StopIteration)
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """Return what an exception of the datasets library says, in one line."""
     if isinstance(error, StopIteration):
         return "it is empty: there is no sample to run the teacher on"
     cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return " ".join(str(cause).split())[:LONGEST_REASON] or type(cause).__name__
 
 
 def _sha256(path: Path) -> str:

@@ -90,7 +90,7 @@ def load_tokenizer(
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}") from error
 

@@ -137,9 +137,16 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
     if resumed is not None and not Path(resumed).is_dir():
         raise ConfigError(f"training.resume_from_checkpoint: there is no directory {resumed}")
     try:
-        return TrainingArguments(**{"report_to": "none", "disable_tqdm": no_terminal, **values, **forced})
+        arguments = TrainingArguments(**{"report_to": "none", "disable_tqdm": no_terminal, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"section training: {' '.join(str(error).split())}") from error
+    loading = arguments.accelerator_config
+    if loading.dispatch_batches or not loading.even_batches:
+        raise ConfigError(
+            "training.accelerator_config: dispatch_batches cannot be true (a batch's flat targets cannot be cut), nor "
+            "even_batches false (processes would wait for each other's missing batches); leave them out"
+        )
+    return arguments
 
 
 def split_items(cache: TeacherCache, *, eval_samples: int) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from accel_distill.codec import Method
@@ -98,6 +99,15 @@ class DistillationTrainer(Trainer):
             self._since_log.zero_()
             logs |= {"kd": kd / max(positions, 1), "ce": ce / max(positions, 1)}
         super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the Trainer's loader, with the last samples also where training drops an incomplete batch."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def prediction_step(
         self,

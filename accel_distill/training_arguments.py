@@ -77,7 +77,7 @@ def _enums(tree: ast.Module) -> dict[str, list[str]]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "ExplicitEnum" for base in node.bases):
             values = (item.value for item in node.body if isinstance(item, ast.Assign))
-            enums[node.name] = [item.value for item in values if isinstance(item, ast.Constant)]
+            enums[node.name] = [str(value.value) for value in values if isinstance(value, ast.Constant)]
     return enums
 
 

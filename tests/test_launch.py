@@ -1,6 +1,8 @@
 """The scripts of launch/: what they start, and what they answer to a wrong word, without installing anything."""
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +20,8 @@ PROBE = """
 import os, sys
 from accelerate import PartialState
 state = PartialState(cpu=True)
-threads = os.environ.get("OMP_NUM_THREADS")
-print("PROBE", state.process_index, state.num_processes, state.distributed_type.value, threads, *sys.argv[1:], flush=True)
+said = [state.process_index, state.num_processes, state.distributed_type.value, os.environ.get("OMP_NUM_THREADS")]
+print("PROBE", *said, *sys.argv[1:], flush=True)
 """
 
 
@@ -134,9 +136,6 @@ def test_set_up_answers_at_once_when_it_was_done_and_notices_a_change(checkout: 
 def test_constraints_pin_every_direct_dependency_and_nothing_that_needs_a_gpu() -> None:
     lines = (LAUNCH / "constraints.txt").read_text().splitlines()
     pins = dict(line.split(" ;")[0].split("==") for line in lines if not line.startswith("#"))
-    import configparser
-    import re
-
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     wanted = settings["options"]["install_requires"] + settings["options.extras_require"]["test"]

