@@ -14,7 +14,7 @@ import numpy as np
 
 from accel_distill.codec import STAT_STEPS, Method, decode
 from accel_distill.errors import CacheMismatch, DamagedCache
-from accel_distill.manifest import Record, read_manifest, read_record
+from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
 from accel_distill.shard import ShardFile
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class TeacherCache:
             )
         self._shards: list[dict[str, Any]] = manifest["shards"]
         self.samples: int = manifest["samples"]  # of the stream
+        self._length: int = manifest["sums"]["sequences"]
         self._open: OrderedDict[int, _Rows] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(shard["sequences"] for shard in self._shards)
+        return self._length
 
     def __getitem__(self, item: int) -> CachedSample:
         if not -len(self) <= item < len(self):
@@ -160,7 +161,7 @@ class TeacherCache:
             return self._open[number]
         shard = self._shards[number]
         path = self._record.shard_path(shard["group"], shard["lane"], shard["samples"])
-        rows = self._open[number] = _Rows(path, self._record)
+        rows = self._open[number] = _Rows(path, self._record, expected=shard)
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         return rows
@@ -169,20 +170,22 @@ class TeacherCache:
 class _Rows:
     """The rows of one open shard."""
 
-    def __init__(self, path: Path, record: Record) -> None:
+    def __init__(self, path: Path, record: Record, *, expected: dict[str, Any]) -> None:
+        """Open the shard; `expected` is what the manifest says of it."""
         self._file, self._record = ShardFile(path, dtypes=record.dtypes), record
         header = self._file.header
-        if header.cache_id != record.cache_id:
-            raise CacheMismatch(f"shard {path}: it belongs to the cache {header.cache_id}, not to {record.cache_id}")
-        self.sample_indices = self._file.read("sample_index")
+        if (found := manifest_entry(path.name, header)) != expected:
+            key = next(key for key in found if found[key] != expected[key])
+            raise self._damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
+        self.sample_indices = self._exactly(header.sequences, "sample_index")
         self._tokens = self._offsets("token_offsets", header.tokens)
         self._positions = self._offsets("target_offsets", header.positions)
         self._heads = self._offsets("head_offsets", self._file.length("head_ids"))
         tails = self._file.length("tail_ids") if "tail_ids" in record.dtypes else 0
         self._tails = self._offsets("tail_offsets", tails)
-        bits = np.unpackbits(self._file.read("target_mask"), bitorder="little", count=header.tokens)
-        self._mask = bits.astype(bool)
-        self._stats = {name: self._file.read(name) / STAT_STEPS for name in ("entropy", "logprob")}
+        packed = self._exactly(-(-header.tokens // 8), "target_mask")
+        self._mask = np.unpackbits(packed, bitorder="little", count=header.tokens).astype(bool)
+        self._stats = {name: self._exactly(header.sequences, name) / STAT_STEPS for name in ("entropy", "logprob")}
 
     @property
     def position_counts(self) -> np.ndarray:
@@ -204,9 +207,7 @@ class _Rows:
             arrays = decode(columns, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
             ids = record.ids_by_rank[self._file.read("input_ids", tokens.start, tokens.stop)].astype(np.int64)
         except (ValueError, IndexError) as error:
-            raise DamagedCache(
-                f"shard {self._file.path}, row {row}: {error}; delete it and run generate again"
-            ) from error
+            raise self._damaged(f"row {row}: {error}") from error
         return CachedSample(
             sample_index=int(self.sample_indices[row]),
             input_ids=torch.from_numpy(ids),
@@ -221,15 +222,16 @@ class _Rows:
 
     def _offsets(self, name: str, end: int) -> np.ndarray:
         """Read an offsets column; it must ascend from 0 to `end`, one more than there are rows."""
-        found = self._file.read(name)
-        if (
-            len(found) != self._file.header.sequences + 1
-            or found[0] != 0
-            or found[-1] != end
-            or np.diff(found).min() < 0
-        ):
-            raise DamagedCache(
-                f"shard {self._file.path}: column {name} does not ascend from 0 to {end}; delete the "
-                "file and run generate again"
-            )
+        found = self._exactly(self._file.header.sequences + 1, name)
+        if found[0] != 0 or found[-1] != end or np.diff(found).min(initial=0) < 0:
+            raise self._damaged(f"column {name} does not ascend from 0 to {end}")
         return found
+
+    def _exactly(self, length: int, name: str) -> np.ndarray:
+        """Read a whole column, which must have `length` elements."""
+        if self._file.length(name) != length:
+            raise self._damaged(f"column {name} has {self._file.length(name)} elements, expected {length}")
+        return self._file.read(name)
+
+    def _damaged(self, what: str) -> DamagedCache:
+        return DamagedCache(f"shard {self._file.path}: {what}; delete this file and run generate again")

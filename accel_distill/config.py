@@ -199,7 +199,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run file with its overrides (`section.key=value`). Raises `ConfigError`, for any mistake."""
     replaced = [parse_override(text) for text in overrides]
     values = apply_overrides(read_run_file(path), replaced)
-    given = {name: section for name, section in values.items() if section is not None}  # `loss:` and nothing below
+    # `loss:` with nothing below it is a section of defaults; an unknown name stays, to be refused
+    given = {name: section for name, section in values.items() if section is not None or name not in SECTIONS}
     needed: dict[str, Any] = {"teacher": {}, "dataset": {}, "cache": {}}
     try:
         return RunConfig.model_validate({**needed, **given})

@@ -11,9 +11,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from accel_distill.manifest import (
     read_manifest,
     remove_superseded,
     scratch,
+    withdraw_manifest,
     write_manifest,
 )
 from accel_distill.pipeline import ShardContent, ShardMaker
 from accel_distill.processes import World, start_processes
 from accel_distill.progress import Progress
 from accel_distill.publish import publish, replace
-from accel_distill.shard import HEADER_BYTES, read_header
+from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
 from accel_distill.stream import TextStream, Walk
 from accel_distill.teacher import Sampling, load_teacher
 from accel_distill.tokens import SequenceRule, load_tokenizer
@@ -43,7 +44,8 @@ from accel_distill.tokens import SequenceRule, load_tokenizer
 log = logging.getLogger("accel_distill.generate")  # under -m this module is __main__
 
 LOOK_EVERY = 5.0  # seconds between two looks at what the other ranks have published
-STALLED_AFTER = 1800.0  # seconds without a new shard while waiting for the other ranks
+# Seconds without a new shard while waiting for the other ranks; a CPU may take an hour for one of 2 M tokens.
+STALLED_AFTER = 4 * 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,19 +65,24 @@ def generate(config: RunConfig) -> dict[str, Any]:
     Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
+    _refuse_sharding(os.environ)
     world = start_processes()
     _set_up_logging(world)
-    _refuse_sharding(os.environ)
     record, committed = world.from_main(lambda: _open(config, world))
     manifest = read_manifest(record)
     if manifest is None:
-        watch = _Committed(record)
-        walk = _make_shards(config, record, committed, world, watch)
-        manifest = _finish(record, walk, watch)
-        if world.is_main and (stale := remove_superseded(record, walk.total)):
-            log.info("removed %d short shards that longer ones replace", len(stale))
+        stream = TextStream(config.dataset)
+        total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
+        done = sum(samples for samples, _ in committed.values())
+        with Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress:
+            watch = _Watch(record, progress)
+            walk = _make_shards(config, record, world, texts=iter(stream), committed=committed, watch=watch)
+            manifest = _finish(record, walk, watch)
     if world.is_main:
+        if stale := remove_superseded(record, manifest["samples"]):
+            log.info("removed %s that longer ones replace", _count(len(stale), "short shard"))
         log.info("%s", _summary(record, manifest, seconds=time.monotonic() - begun))
+    world.leave()
     return manifest
 
 
@@ -86,6 +93,7 @@ def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int]
     record = opening.record
     for note in opening.notes:
         log.warning("%s", note)
+    _withdraw_if_incomplete(record)
     replace(resolved_yaml(config).encode(), record.path / "run.yaml", scratch=scratch(record.path))
     headers = committed_shards(record)
     if headers:
@@ -94,43 +102,43 @@ def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int]
     return record, {place: (header.samples, header.texts_sha256) for place, header in headers.items()}
 
 
+def _withdraw_if_incomplete(record: Record) -> None:
+    """Remove the manifest of a cache from which somebody deleted shards, so that they are made anew."""
+    manifest = read_manifest(record)
+    if manifest and (gone := set(record.layout.shards(manifest["samples"])) - listed_shards(record.path)):
+        log.warning("%s of the complete cache no longer there: made anew", _count(len(gone), "shard"))
+        withdraw_manifest(record.path)
+
+
 def _make_shards(
     config: RunConfig,
     record: Record,
-    committed: dict[tuple[int, int], tuple[int, str]],
     world: World,
-    watch: "_Committed",
+    *,
+    texts: Iterator[str | None],
+    committed: dict[tuple[int, int], tuple[int, str]],
+    watch: "_Watch",
 ) -> Walk:
     """Walk the stream to its end and publish this rank's shards; return the walk."""
-    stream = TextStream(config.dataset)
     walk = Walk(
-        iter(stream),
+        texts,
         layout=record.layout,
         max_samples=config.dataset.max_samples,
         committed=committed,
         rank=world.rank,
         world_size=world.world_size,
     )
-    total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
-    done = sum(samples for samples, _ in committed.values())
     maker: ShardMaker | None = None
-    with (
-        Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress,
-        _writer(record) as write,
-    ):
+    with _writer(record) as write:
 
         def report(positions: int) -> None:
             write(None)
-            progress.positions(positions)
-            if world.is_main:
-                watch.show(progress)
+            watch.positions(positions)
 
         for shard in walk:
             maker = maker or _load_maker(config, record, world)
             content = maker.compute(shard, report=report)
             write(lambda content=content, encode=maker.encode: (content, encode(content)))  # type: ignore[misc]
-        if world.is_main:
-            write(None)
     return walk
 
 
@@ -189,49 +197,54 @@ def _publish(record: Record, content: ShardContent, data: bytes) -> None:
 
 
 def _log_shard(path: Path, name: str, *, positions: int, size: int) -> None:
-    """Append a line for people; no code reads it."""
+    """Append a line for people; no code reads it, so a disk that is full now is left to the next shard to tell."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "shard": name, "positions": positions, "bytes": size}
-    with open(path / "logs" / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a") as file:
+    with suppress(OSError), open(path / "logs" / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-class _Committed:
-    """What all ranks have published so far, seen through the file system."""
+class _Watch:
+    """Shows, on rank 0, this rank's positions and what all ranks have published, seen through the file system."""
 
-    def __init__(self, record: Record) -> None:
-        self._record, self._looked = record, 0.0
-        self._known: dict[tuple[int, int, int], tuple[int, int]] = {}  # shard to (positions, bytes)
+    def __init__(self, record: Record, progress: Progress) -> None:
+        self._record, self._progress, self._looked = record, progress, time.monotonic()
+        self._headers: dict[tuple[int, int, int], ShardHeader] = {}
 
-    def look(self) -> set[tuple[int, int, int]]:
-        """Read the headers of new shards; return all."""
+    def positions(self, count: int) -> None:
+        """Count positions of this rank."""
+        self._progress.positions(count)
+        self.look(every=LOOK_EVERY)
+
+    def look(self, *, every: float) -> None:
+        """Read the headers of new shards, unless the last look was less than `every` seconds ago."""
+        if not self._progress.shown or time.monotonic() - self._looked < every:
+            return
+        for shard in listed_shards(self._record.path) - set(self._headers):
+            self._headers[shard] = read_header(self._record.shard_path(*shard))
+        longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
+        positions = sum(header.positions for header in longest)
+        size = sum(HEADER_BYTES + header.payload_bytes for header in longest)
+        per_position = size / positions if positions else None
+        self._progress.committed(sum(header.samples for header in longest), bytes_per_position=per_position)
         self._looked = time.monotonic()
-        for shard in listed_shards(self._record.path) - set(self._known):
-            header = read_header(self._record.shard_path(*shard))
-            self._known[shard] = (header.positions, HEADER_BYTES + header.payload_bytes)
-        return set(self._known)
-
-    def show(self, progress: Progress) -> None:
-        """Tell `progress`, at most every few seconds."""
-        if time.monotonic() - self._looked >= LOOK_EVERY:
-            samples = sum(samples for _, _, samples in self.look())
-            positions, size = (sum(column) for column in zip((0, 0), *self._known.values(), strict=True))
-            progress.committed(samples, bytes_per_position=size / positions if positions else None)
 
 
-def _finish(record: Record, walk: Walk, watch: _Committed) -> dict[str, Any]:
+def _finish(record: Record, walk: Walk, watch: _Watch) -> dict[str, Any]:
     """Wait until every shard is there, by whichever rank; write the manifest and return it."""
-    wanted = set(record.layout.shards(walk.total))
-    there, last_new = watch.look(), time.monotonic()
-    while missing := wanted - there:
+    wanted, last_new = set(record.layout.shards(walk.total)), time.monotonic()
+    missing = wanted - listed_shards(record.path)
+    while missing:
         if time.monotonic() - last_new > STALLED_AFTER:
             names = ", ".join(shard_name(*shard) for shard in sorted(missing)[:3])
             raise RunError(
-                f"cache {record.path}: {len(missing)} of {len(wanted)} shards are missing ({names}, ...) and none "
-                f"came for {STALLED_AFTER:.0f} s; a rank must have died: run the same command again"
+                f"cache {record.path}: {len(missing)} of {len(wanted)} shards are missing ({names}, ...) and none came "
+                f"for {STALLED_AFTER:.0f} s; a rank must have died: run the same command again"
             )
         time.sleep(0.2)
-        if now_there := watch.look() - there:
-            there, last_new = there | now_there, time.monotonic()
+        watch.look(every=LOOK_EVERY)
+        if (still := wanted - listed_shards(record.path)) != missing:
+            missing, last_new = still, time.monotonic()
+    watch.look(every=0.0)
     write_manifest(record, total=walk.total, stream_end=walk.stream_end or "")
     manifest = read_manifest(record)
     assert manifest is not None
@@ -263,7 +276,7 @@ def _set_up_logging(world: World) -> None:
         datasets.disable_progress_bars()
 
 
-def _refuse_sharding(environment: "os._Environ[str]") -> None:
+def _refuse_sharding(environment: Mapping[str, str]) -> None:
     for name in ("DEEPSPEED", "FSDP"):
         if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             raise ConfigError(

@@ -8,9 +8,7 @@ sample cap and all of training are in none of them.
 import hashlib
 import importlib.metadata
 import itertools
-import logging
-import shutil
-import uuid
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,7 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_plan,
 )
-from accel_distill.publish import remove_stale
+from accel_distill.publish import remove_stale, replace
 from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
 from accel_distill.stream import TextStream
 from accel_distill.teacher import load_teacher_config
@@ -44,11 +42,9 @@ from accel_distill.uniforms import VERSION
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
 RANKED_TOKENS = 1_000_000  # of the stream, counted for the frequency ranks of the ids
 RANKED_AT_ONCE = 64  # texts
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.json")
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "h5py", "numpy")
 
 
@@ -100,11 +96,10 @@ def open_for_generation(config: RunConfig, *, world_size: int, device: torch.dev
         "attn_implementation": config.teacher.attn_implementation,
         "device": device.type,
     }
+    make_directories(path)
     if (path / "cache.json").is_file():
         record, notes = _reopen(config, identity, numerics)
     else:
-        make_directories(path)
-        _save_tokenizer(tokenizer, path)
         record, notes = _make(config, identity, numerics, stream, tokenizer, world_size), []
     remove_stale(scratch(path))
     return Opening(record, notes + _update_plan(config, record))
@@ -139,6 +134,7 @@ def _make(
     ranks_sha256 = hashlib.sha256(ids_by_rank.tobytes()).hexdigest()
     lanes = config.cache.lanes or world_size
     identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=ranks_sha256)
+    _save_tokenizer(tokenizer, Path(config.cache.path))
     record = create(Record(Path(config.cache.path), identity, numerics, _environment(), ids_by_rank))
     if found := differences(record.identity, identity):
         raise CacheMismatch(f"another run made cache {record.path} meanwhile: {'; '.join(found)}")
@@ -198,9 +194,8 @@ def _teacher_identity(config: RunConfig, model: "PretrainedConfig") -> dict[str,
         "vocab_size": model.get_text_config().vocab_size,
     }
     if path.is_dir():
-        files = sorted({file for pattern in WEIGHT_FILES for file in path.glob(pattern)})
-        kept = [file for file in files if file.suffix != ".json" or file.name == "config.json"]
-        return {**described, "files": [[file.name, _sha256(file)] for file in kept]}
+        files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        return {**described, "files": [[file.name, _sha256(file)] for file in files]}
     commit = getattr(model, "_commit_hash", None) or teacher.revision
     return {**described, "name": teacher.model, "commit": commit}
 
@@ -234,17 +229,15 @@ def _environment() -> dict[str, Any]:
 
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
-    """Save the tokenizer beside the shards, whole or not at all: training reads it from there."""
-    target, temporary = path / "tokenizer", scratch(path) / f"tokenizer-{uuid.uuid4().hex}"
-    if target.is_dir():
-        return
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not target.is_dir():
-            raise
+    """Save the tokenizer beside the shards: training reads it from there."""
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(Path(temporary).rglob("*")):
+            target = path / "tokenizer" / file.relative_to(temporary)
+            if file.is_dir():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            replace(file.read_bytes(), target, scratch=scratch(path))
 
 
 def _sha256(path: Path) -> str:

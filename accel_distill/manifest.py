@@ -22,10 +22,13 @@ from accel_distill.codec import Method, column_dtypes
 from accel_distill.deal import Layout, parse_shard_name, shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
 from accel_distill.publish import publish, replace, sync_directory
-from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
+from accel_distill.shard import HEADER_BYTES, ShardHeader, header_sha256, read_header
 
 SEQUENCE_COLUMNS = ("sample_index", "token_offsets", "target_offsets", "head_offsets", "tail_offsets")
 STAT_COLUMNS = ("entropy", "logprob")  # summed over a sequence, 1/256 nat
+SUMMED = ("sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite", "bytes")
+MANIFEST_KEYS = {"cache_id", "samples", "stream_end", "shards", "sums"}
+SHARD_KEYS = {"name", "header_sha256", "group", "lane", "samples", *SUMMED}
 README = """A cache of teacher distributions, made by accel_distill.
 
 cache.json says what it was made from, shards/ holds it (HDF5 behind a 4096-byte header), manifest.json appears when
@@ -109,10 +112,15 @@ def make_directories(path: Path) -> None:
 
 
 def create(record: Record) -> Record:
-    """Publish `ranks.bin` and `cache.json`; return what is there, where another run was first."""
+    """Write `ranks.bin`, publish `cache.json`; return what is there where another run was first.
+
+    Before `cache.json` nothing counts: what a run left that died here, perhaps with other settings, is overwritten.
+    """
     path = record.path
-    publish(record.ids_by_rank.astype("<u4").tobytes(), path / "ranks.bin", scratch=scratch(path))
-    publish(README.format(path=path.name).encode(), path / "README.txt", scratch=scratch(path))
+    if (path / "cache.json").is_file():
+        return read_record(path)
+    replace(record.ids_by_rank.astype("<u4").tobytes(), path / "ranks.bin", scratch=scratch(path))
+    replace(README.format(path=path.name).encode(), path / "README.txt", scratch=scratch(path))
     content = {"identity": record.identity, "numerics": record.numerics, "environment": record.environment}
     if publish(canonical_json(content), path / "cache.json", scratch=scratch(path)):
         return record
@@ -126,21 +134,19 @@ def read_record(path: Path) -> Record:
         raise ConfigError(f"cache {path}: it {what}; make one with: accelerate launch -m accel_distill.generate")
     content = _read_json(path / "cache.json")
     try:
-        expected = content["identity"]["layout"]["ranks_sha256"]
-        raw = (path / "ranks.bin").read_bytes()
-        found = hashlib.sha256(raw).hexdigest()
-        record = Record(
-            path, content["identity"], content["numerics"], content["environment"], np.frombuffer(raw, "<u4")
-        )
+        identity, numerics, environment = (content[key] for key in ("identity", "numerics", "environment"))
+        expected = identity["layout"]["ranks_sha256"]
     except (KeyError, TypeError) as error:
         raise DamagedCache(
             f"{path / 'cache.json'}: {error} is missing; the cache was not made by this version"
         ) from error
+    try:
+        raw = (path / "ranks.bin").read_bytes()
     except FileNotFoundError as error:
         raise DamagedCache(f"{path / 'ranks.bin'} is missing; without it no id can be read: generate anew") from error
-    if found != expected:
+    if (found := hashlib.sha256(raw).hexdigest()) != expected:
         raise DamagedCache(f"{path / 'ranks.bin'}: sha256 {found}, cache.json says {expected}; generate anew")
-    return record
+    return Record(path, identity, numerics, environment, np.frombuffer(raw, "<u4"))
 
 
 def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
@@ -172,13 +178,21 @@ def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
     for group, lane, samples in record.layout.shards(total):
         path = record.shard_path(group, lane, samples)
         header = _checked_header(record, path, (group, lane, samples))
-        shards.append(_manifest_entry(path, header))
-    sums = {key: sum(shard[key] for shard in shards) for key in _SUMMED}
+        shards.append(manifest_entry(path.name, header))
+    sums = {key: sum(shard[key] for shard in shards) for key in SUMMED}
     content = {"cache_id": record.cache_id, "samples": total, "stream_end": stream_end, "shards": shards, "sums": sums}
     target = record.path / "manifest.json"
     data = canonical_json(content)
     if not publish(data, target, scratch=scratch(record.path)) and target.read_bytes() != data:
         raise CacheMismatch(f"{target} is there and says something else; is another run writing to this cache?")
+
+
+def manifest_entry(name: str, header: ShardHeader) -> dict[str, Any]:
+    """Return what the manifest says of one shard; the hash of its header stands for the whole file."""
+    counts = {key: getattr(header, key) for key in SUMMED if key != "bytes"}
+    counts["bytes"] = HEADER_BYTES + header.payload_bytes
+    place = {"group": header.group, "lane": header.lane, "samples": header.samples}
+    return {"name": name, "header_sha256": header_sha256(header), **place, **counts}
 
 
 def read_manifest(record: Record) -> dict[str, Any] | None:
@@ -189,6 +203,8 @@ def read_manifest(record: Record) -> dict[str, Any] | None:
     manifest = _read_json(path)
     if manifest.get("cache_id") != record.cache_id:
         raise DamagedCache(f"{path}: it belongs to the cache {manifest.get('cache_id')}, not to {record.cache_id}")
+    if set(manifest) != MANIFEST_KEYS or any(set(shard) != SHARD_KEYS for shard in manifest["shards"]):
+        raise DamagedCache(f"{path}: it has not the keys of a manifest; delete it and run generate again")
     return manifest
 
 
@@ -227,19 +243,6 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: s
         elif ours != theirs:
             sentences.append(f"{prefix}{key} is {theirs!r} in the cache and {ours!r} in this run")
     return sentences
-
-
-_SUMMED = ("sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite", "bytes")
-
-
-def _manifest_entry(path: Path, header: ShardHeader) -> dict[str, Any]:
-    """Describe one shard; the hash of its header stands for the whole file, whose hash the header holds."""
-    counts = {key: getattr(header, key) for key in _SUMMED if key != "bytes"}
-    counts["bytes"] = HEADER_BYTES + header.payload_bytes
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(HEADER_BYTES)).hexdigest()
-    place = {"group": header.group, "lane": header.lane, "samples": header.samples}
-    return {"name": path.name, "header_sha256": digest, **place, **counts}
 
 
 def _checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> ShardHeader:

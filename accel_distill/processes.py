@@ -34,22 +34,30 @@ class World:
         return self.rank == 0
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Run `make` on rank 0 and return its (pickled) result on every rank, or raise its RunError there."""
+        """Run `make` on rank 0 and return its (pickled) result on every rank.
+
+        A RunError is raised on rank 0; the others leave with its exit status and without a word: it is said once.
+        """
         if self.world_size == 1:
             return make()
         from accelerate.utils import broadcast_object_list
 
         box: list[T | RunError | None] = [None]
-        failure: BaseException | None = None
         if self.is_main:
             try:
                 box[0] = make()
             except RunError as error:
-                box[0] = failure = error
+                broadcast_object_list([error], from_process=0)
+                raise
         broadcast_object_list(box, from_process=0)
         if isinstance(box[0], RunError):
-            raise box[0] from failure
+            raise SystemExit(box[0].exit_status)
         return box[0]  # type: ignore[return-value]
+
+    def leave(self) -> None:
+        """Leave the process group at the end of a run; NCCL warns where that is left out."""
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
 
 
 def start_processes() -> World:

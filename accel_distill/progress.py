@@ -18,6 +18,7 @@ class Progress:
 
     def __init__(self, *, total: int | None, done: int, world_size: int, shown: bool) -> None:
         """`total` samples of the run (None: not known), `done` of them already there."""
+        self.shown = shown
         self._total, self._first, self._world_size = total, done, world_size
         self._samples, self._positions = done, 0
         self._bytes_per_position: float | None = None

@@ -85,7 +85,7 @@ def _written(data: bytes, path: Path, scratch: Path) -> Iterator[Path]:
             ) from error
         raise RunError(f"{path}: cannot be written ({error.strerror}); nothing half-written was kept") from error
     finally:
-        with contextlib.suppress(OSError):  # not there, or a disk that takes nothing more: `remove_stale` comes by later
+        with contextlib.suppress(OSError):  # not there, or the disk takes nothing more: `remove_stale` comes by
             temporary.unlink()
 
 

@@ -65,9 +65,12 @@ def shard_bytes(fields_: Mapping[str, object], columns: Mapping[str, np.ndarray]
     image = _image(columns)
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
     header = ShardHeader(**{"format": FORMAT, **fields_, **payload})  # type: ignore[arg-type]
-    text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
-    front = (MAGIC + len(text).to_bytes(4, "little") + text).ljust(HASHED_BYTES, b"\0")
-    return front + hashlib.sha256(front).digest() + image
+    return _front(header) + image
+
+
+def header_sha256(header: ShardHeader) -> str:
+    """Return the sha256 of a shard's header; as the header holds the hash of the rest, it stands for the whole file."""
+    return hashlib.sha256(_front(header)).hexdigest()
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -149,6 +152,13 @@ class ShardFile:
         if found != [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]:
             raise _damaged(self.path, f"column {name} has the filters {found}, expected shuffle and gzip")
         return column
+
+
+def _front(header: ShardHeader) -> bytes:
+    """Return the 4096 bytes of a header."""
+    text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
+    front = (MAGIC + len(text).to_bytes(4, "little") + text).ljust(HASHED_BYTES, b"\0")
+    return front + hashlib.sha256(front).digest()
 
 
 def _image(columns: Mapping[str, np.ndarray]) -> bytes:

@@ -185,8 +185,8 @@ def _files(found: Mapping[str, Any], config: "DatasetConfig") -> list[str]:
     if config.shuffle_files is not None:
         if not files or splits != [config.split]:
             raise ConfigError(
-                f"dataset.shuffle_files: {config.shuffle_files}, but the files of {config.name} ({config.split}) are not "
-                f"known; the splits with files are {sorted(found)}; use one of them whole, or shuffle_files=null"
+                f"dataset.shuffle_files: {config.shuffle_files}, but the files of {config.name} ({config.split}) are "
+                f"not known; the splits with files are {sorted(found)}; use one of them whole, or shuffle_files=null"
             )
         random.Random(config.shuffle_files).shuffle(files)
     return files

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
-from accel_distill.config import RunConfig, TargetsConfig, load_config, resolved_yaml
+from accel_distill.config import RunConfig, StudentConfig, TargetsConfig, load_config, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, exit_with
 from accel_distill.processes import World, check_backend, start_processes
 from accel_distill.publish import replace
@@ -59,40 +59,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     cache = TeacherCache(config.cache.path)
     check_targets(config.targets, cache)
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
-    tokenizer = load_tokenizer(cache.tokenizer_path)
-    student = load_student(
-        config.student,
-        tokenizer,
-        vocab_size=cache.vocab_size,
-        max_length=cache.max_length,
-        seed=arguments.seed,
-    )
-    samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
-    training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
-    _check_evaluation(arguments, held_out)
-    output_dir = _make_directory(arguments.output_dir)
-    trainer = DistillationTrainer(
-        student,
-        arguments,
-        kd_weight=config.loss.kd_weight,
-        ce_weight=config.loss.ce_weight,
-        temperature=cache.temperature,
-        target_method=cache.method,
-        data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
-        train_dataset=Subset(samples, training),
-        eval_dataset=Subset(samples, held_out) if held_out else None,
-        processing_class=tokenizer,
-    )
-    check_backend(dict(os.environ), distributed_type=trainer.accelerator.distributed_type.value)
+    trainer = _make_trainer(config, cache, config.student, arguments)
+    distributed_type = trainer.accelerator.distributed_type.value
+    check_backend(dict(os.environ), distributed_type=distributed_type)
     if world.is_main:
+        output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
-    metrics = _run(trainer, has_held_out=bool(held_out))
-    metrics |= {
-        "train_samples": len(training),
-        "eval_samples": len(held_out),
-        "world_size": world.world_size,
-        "distributed_type": trainer.accelerator.distributed_type.value,
-    }
+    metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
         print(summary(metrics, output_dir=arguments.output_dir), flush=True)
@@ -132,12 +105,16 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
             raise ConfigError(
                 f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
             )
-    no_terminal = not sys.stderr.isatty()  # a bar would fill a log file
+    defaults = {
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
+        "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
+    }
     resumed = values.get("resume_from_checkpoint")
     if resumed is not None and not Path(resumed).is_dir():
         raise ConfigError(f"training.resume_from_checkpoint: there is no directory {resumed}")
     try:
-        arguments = TrainingArguments(**{"report_to": "none", "disable_tqdm": no_terminal, **values, **forced})
+        arguments = TrainingArguments(**{**defaults, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"section training: {' '.join(str(error).split())}") from error
     loading = arguments.accelerator_config
@@ -187,12 +164,38 @@ def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
     return "\n".join([*lines, f"trained on {trained}; the student is in {output_dir}"])
 
 
-def _run(trainer: DistillationTrainer, *, has_held_out: bool) -> dict[str, Any]:
-    """Train, save the student, evaluate it; return what the Trainer measured."""
+def _make_trainer(
+    config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
+) -> DistillationTrainer:
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    model = load_student(
+        student, tokenizer, vocab_size=cache.vocab_size, max_length=cache.max_length, seed=arguments.seed
+    )
+    training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
+    _check_evaluation(arguments, held_out)
+    _make_directory(arguments.output_dir)
+    samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
+    return DistillationTrainer(
+        model,
+        arguments,
+        kd_weight=config.loss.kd_weight,
+        ce_weight=config.loss.ce_weight,
+        temperature=cache.temperature,
+        target_method=cache.method,
+        data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
+        train_dataset=Subset(samples, training),
+        eval_dataset=Subset(samples, held_out) if held_out else None,
+        processing_class=tokenizer,
+    )
+
+
+def _run(trainer: DistillationTrainer) -> dict[str, Any]:
+    """Train, save the student, evaluate it; return what was measured."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    metrics = dict(result.metrics)
-    if has_held_out:
+    held_out = trainer.eval_dataset or ()
+    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "eval_samples": len(held_out)}
+    if held_out:
         metrics |= trainer.evaluate()
     trainer.save_state()
     return metrics
@@ -212,13 +215,12 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(number for number in ids if number is not None)
 
 
-def _make_directory(path: str) -> Path:
+def _make_directory(path: str) -> None:
     """Make the output directory, before the Trainer does, with a sentence where it cannot be."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"training.output_dir: {path} cannot be made: {error.strerror}") from error
-    return Path(path)
 
 
 def _set_up_logging(world: World) -> None:

@@ -85,9 +85,9 @@ class DistillationTrainer(Trainer):
         positions = len(inputs["target_positions"])
         kd, ce = self._loss_sums(model, inputs)
         self._since_log += torch.stack([kd.detach(), ce.detach(), kd.new_tensor(positions)])
+        counted = torch.as_tensor(positions if num_items_in_batch is None else num_items_in_batch)
         # a step without any target: 0 / 1, not 0 / 0
-        step_positions = max(positions if num_items_in_batch is None else num_items_in_batch, 1)
-        loss = (self.kd_weight * kd + self.ce_weight * ce) / step_positions
+        loss = (self.kd_weight * kd + self.ce_weight * ce) / counted.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients of the processes are averaged
         return (loss, {}) if return_outputs else loss

@@ -25,6 +25,7 @@ FLOORS = {
     "uniforms": 0,
     "command_line": 1,
     "demo_corpus": 1,
+    "demo_teacher": 1,
     "processes": 1,
     "publish": 1,
     "run_file": 1,

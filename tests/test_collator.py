@@ -93,6 +93,11 @@ def test_samples_without_tokens_or_targets_make_a_batch_of_one_column_without_ta
     assert batch["target_weights"].dtype == torch.float32
 
 
+def test_a_batch_of_nothing_still_has_a_column() -> None:
+    batch = CachedLogitCollator(pad_token_id=PAD)([EMPTY])
+    assert batch["input_ids"].tolist() == [[PAD]] and batch["labels"].tolist() == [[NO]]
+
+
 def test_a_collator_pickles_for_dataloader_workers() -> None:
     collator = pickle.loads(pickle.dumps(CachedLogitCollator(pad_token_id=PAD)))
     assert collator([SHORT])["input_ids"].tolist() == [[5, 6]]

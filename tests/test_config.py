@@ -146,6 +146,7 @@ def test_a_wrong_override_is_named_with_what_was_found_and_what_is_expected(
         ("teacher: {}", "teacher.model: is missing"),
         ("teacher: {modle: x}", "teacher.modle: unknown key; did you mean 'model'?"),
         ("max_samples: 3", "max_samples: unknown key; did you mean dataset.max_samples?"),
+        (MINIMAL + "los:", "los: unknown key; did you mean 'loss'?"),
         (MINIMAL + "training: 3", "training: found 3 (whole number), expected a mapping"),
         (MINIMAL + "training: {seed: x}", "training.seed: found 'x' (text), expected a whole number"),
         (MINIMAL + "student: {model: x, config: {model_type: llama}}", "student.config: student.model is 'x'"),

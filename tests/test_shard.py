@@ -219,7 +219,12 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(good: Path, tmp_p
     fifo, link, nothing = tmp_path / "fifo.h5", tmp_path / "link.h5", tmp_path / "nothing.h5"
     os.mkfifo(fifo)
     link.symlink_to(good)
-    cases = {fifo: "not a regular file", tmp_path: "not a regular file", link: "a symbolic link", nothing: "No such file"}
+    cases = {
+        fifo: "not a regular file",
+        tmp_path: "not a regular file",
+        link: "a symbolic link",
+        nothing: "No such file",
+    }
     for path, words in cases.items():
         for reader in (read_header, lambda path: ShardFile(path, dtypes=dtypes(SMALL))):
             with pytest.raises(DamagedCache, match=words):
@@ -343,9 +348,7 @@ def with_chunk(raw: bytes, *, mask: int = 0, size: int = 3) -> Callable[[h5py.Fi
 def test_the_forging_helpers_make_a_file_that_reads(tmp_path: Path) -> None:
     """So that what they forge below is refused for the right reason."""
     low_then_high = bytes([1, 2, 3, 0, 0, 1])
-    np.testing.assert_array_equal(
-        read_forged(tmp_path / "x.h5", with_chunk(zlib.compress(low_then_high))), [1, 2, 259]
-    )
+    np.testing.assert_array_equal(read_forged(tmp_path / "x.h5", with_chunk(zlib.compress(low_then_high))), [1, 2, 259])
 
 
 def test_a_gzip_bomb_is_not_inflated(tmp_path: Path) -> None:

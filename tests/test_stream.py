@@ -74,7 +74,8 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(streaming: bool
 def test_a_chat_column_is_refused_with_those_that_hold_text(streaming: bool, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": [{"role": "user", "content": "hi"}], "id": "x", "n": 1}])
     assert refusal(path, streaming) == (
-        "dataset.text_column: 'text' holds a list (a chat?) at sample 0, expected text; the columns with text are ['id']"
+        "dataset.text_column: 'text' holds a list (a chat?) at sample 0, expected text; "
+        "the columns with text are ['id']"
     )
 
 

@@ -166,7 +166,7 @@ def test_a_student_may_know_more_ids_than_the_cache() -> None:
     more = tokenizer()
     more.add_tokens(["<new>"])
     check_same_tokenizer(tokenizer(), more, name="student")
-    with pytest.raises(CacheMismatch, match="student: its tokenizer is not the cache's: id 300 is None, in the cache '<new>'"):
+    with pytest.raises(CacheMismatch, match="student: .* id 300 is None, in the cache '<new>'"):
         check_same_tokenizer(more, tokenizer(), name="student")
 
 

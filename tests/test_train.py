@@ -70,7 +70,8 @@ def configured(run: Path, output_dir: Path, **changes: dict[str, Any]) -> RunCon
         },
     }
     merged = {name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
-    return run_config(run / "teacher", run / "texts.jsonl", run / "cache", **merged)
+    cache = merged.pop("cache", {}).get("path", run / "cache")
+    return run_config(run / "teacher", run / "texts.jsonl", cache, **merged)
 
 
 def results(output_dir: Path) -> dict[str, Any]:
@@ -148,6 +149,19 @@ def test_a_student_that_is_the_teacher_has_its_cross_entropy_and_almost_no_kl(ru
     assert stranger["eval_kl"] > 0.5
 
 
+def test_temperature_and_method_are_taken_from_the_cache(run: Path, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "targets": {"method": "top_k", "top_k": 16, "temperature": 2.0},
+        "cache": {"path": tmp_path / "cache"},
+        "student": {"config": None, "model": str(run / "teacher")},
+        "training": {"learning_rate": 0.0, "max_steps": 1},
+    }
+    generate(configured(run, tmp_path, **changes))
+    metrics = train(configured(run, tmp_path / "out", **changes | {"targets": {}}))
+    assert metrics["eval_positions"] > 50
+    assert abs(metrics["eval_kl"]) < 1e-3  # another temperature or divergence gives the teacher more than 0.1
+
+
 def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 30}
     kd = train(configured(run, tmp_path, training=settings))
@@ -189,7 +203,9 @@ def test_a_wider_padded_vocabulary_trains(run: Path, tmp_path: Path) -> None:
 
 
 def test_without_held_out_samples_it_trains_on_all_and_reports_no_evaluation(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "all_results.json").write_text('{"eval_kl": 0.5}')  # of an older run
     metrics = train(configured(run, tmp_path, dataset={"eval_samples": 0}))
+    assert metrics == results(tmp_path)
     assert not [key for key in metrics if key.startswith("eval_") and key != "eval_samples"]
     assert metrics["eval_samples"] == 0 and (tmp_path / "model.safetensors").exists()
 

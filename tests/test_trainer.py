@@ -173,7 +173,8 @@ def test_the_loss_and_its_gradient_are_those_of_dense_targets(
         torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-4, atol=2e-7)
 
 
-def test_evaluation_metrics_are_those_counted_by_hand(tmp_path: Path) -> None:
+def test_evaluation_metrics_are_those_counted_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)
     samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9))
     student = tiny_llama(spread=0.3)
     with torch.no_grad():  # neither the teacher nor a stranger to it
@@ -222,6 +223,8 @@ def test_batches_without_any_target_train_and_evaluate_to_zero_not_nan(tmp_path:
     trainer.train()
     log = trainer.state.log_history[0]
     assert [log[key] for key in ("loss", "kd", "ce", "grad_norm")] == [0.0] * 4
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(empty), num_items_in_batch=torch.tensor(0))
+    assert loss.item() == 0.0  # the Trainer's log hides a NaN
     metrics = trainer.evaluate(empty)
     assert metrics["eval_positions"] == 0
     assert metrics["eval_loss"] == metrics["eval_kl"] == metrics["eval_ce"] == 0.0

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel_distill.config import RunConfig
 
-WORDS = "the a small old red dog cat bird tree house river king ran sat saw said was not and then under over of it".split()
+WORDS = (
+    "the a small old red dog cat bird tree house river king ran sat saw said was not and then under over of it".split()
+)
 VOCAB = 320  # of the model; the tokenizer makes fewer ids, as padded vocabularies do
 MAX_LENGTH = 32
 
