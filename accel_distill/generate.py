@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +33,7 @@ from accel_distill.manifest import (
     write_manifest,
 )
 from accel_distill.pipeline import ShardContent, ShardMaker
-from accel_distill.processes import World, start_processes
+from accel_distill.processes import World, refuse_sharding, start_processes
 from accel_distill.progress import Progress
 from accel_distill.publish import publish, replace
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
@@ -65,9 +65,9 @@ def generate(config: RunConfig) -> dict[str, Any]:
     Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
-    _refuse_sharding(os.environ)
+    refuse_sharding(os.environ)
     world = start_processes()
-    _set_up_logging(world)
+    world.set_up_logging()
     record, committed = world.from_main(lambda: _open(config, world))
     manifest = read_manifest(record)
     if manifest is None:
@@ -129,7 +129,7 @@ def _make_shards(
         world_size=world.world_size,
     )
     maker: ShardMaker | None = None
-    with _writer(record) as write:
+    with _writer(record, watch) as write:
 
         def report(positions: int) -> None:
             write(None)
@@ -164,26 +164,29 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
 
 
 @contextmanager
-def _writer(record: Record) -> Iterator[Callable[[Callable[[], tuple[ShardContent, bytes]] | None], None]]:
+def _writer(
+    record: Record, watch: "_Watch"
+) -> Iterator[Callable[[Callable[[], tuple[ShardContent, bytes]] | None], None]]:
     """Give a function that encodes and publishes a shard in the background, one at a time behind the one in hand.
 
     Called with None it only looks; either way it raises what went wrong in the background.
     """
-    pending: list[Future[None]] = []
+    pending: list[Future[int]] = []
 
     def write(make: Callable[[], tuple[ShardContent, bytes]] | None) -> None:
         if pending and (make is not None or pending[0].done()):
-            pending.pop().result()
+            watch.positions(-pending.pop().result())
         if make is not None:
             pending.append(pool.submit(lambda: _publish(record, *make())))
 
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
         yield write
         if pending:
-            pending.pop().result()
+            watch.positions(-pending.pop().result())
 
 
-def _publish(record: Record, content: ShardContent, data: bytes) -> None:
+def _publish(record: Record, content: ShardContent, data: bytes) -> int:
+    """Publish a shard, or see that it is there already; return its positions."""
     shard = content.shard
     path = record.shard_path(shard.group, shard.lane, len(shard.texts))
     if not publish(data, path, scratch=scratch(record.path)):
@@ -194,6 +197,7 @@ def _publish(record: Record, content: ShardContent, data: bytes) -> None:
                     "or hardware writing to this cache?"
                 )
     _log_shard(record.path, path.name, positions=content.positions, size=len(data))
+    return content.positions
 
 
 def _log_shard(path: Path, name: str, *, positions: int, size: int) -> None:
@@ -208,12 +212,13 @@ class _Watch:
 
     def __init__(self, record: Record, progress: Progress) -> None:
         self._record, self._progress, self._looked = record, progress, time.monotonic()
+        self._before = listed_shards(record.path)
         self._headers: dict[tuple[int, int, int], ShardHeader] = {}
 
     def positions(self, count: int) -> None:
-        """Count positions of this rank."""
+        """Count positions that this rank has finished; negative: that it has published them."""
         self._progress.positions(count)
-        self.look(every=LOOK_EVERY)
+        self.look(every=LOOK_EVERY if count > 0 else 0.0)
 
     def look(self, *, every: float) -> None:
         """Read the headers of new shards, unless the last look was less than `every` seconds ago."""
@@ -224,8 +229,11 @@ class _Watch:
         longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
         positions = sum(header.positions for header in longest)
         size = sum(HEADER_BYTES + header.payload_bytes for header in longest)
-        per_position = size / positions if positions else None
-        self._progress.committed(sum(header.samples for header in longest), bytes_per_position=per_position)
+        self._progress.committed(
+            sum(header.samples for header in longest),
+            made=sum(header.positions for shard, header in self._headers.items() if shard not in self._before),
+            bytes_per_position=size / positions if positions else None,
+        )
         self._looked = time.monotonic()
 
 
@@ -261,28 +269,6 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
         f"position); {sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; "
         f"{record.path}"
     )
-
-
-def _set_up_logging(world: World) -> None:
-    """Let rank 0 speak, the others only warn; and silence the libraries' own bars, which would cross ours."""
-    import datasets
-    import transformers
-
-    level = logging.INFO if world.is_main else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("accel_distill").setLevel(level)
-    transformers.utils.logging.disable_progress_bar()
-    if not world.is_main:
-        datasets.disable_progress_bars()
-
-
-def _refuse_sharding(environment: Mapping[str, str]) -> None:
-    for name in ("DEEPSPEED", "FSDP"):
-        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"generate runs a whole teacher in each process, and ACCELERATE_USE_{name} asks for a sharded one; "
-                "launch it with launch/generate.sh N, or with configs/accelerate/ddp.yaml"
-            )
 
 
 def _count(number: int, noun: str) -> str:

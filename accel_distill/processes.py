@@ -4,8 +4,10 @@ The one decision: never go on with fewer processes than the environment speaks o
 for. Launchers fall back silently: two processes that both believe to be rank 0 would write the same cache twice.
 """
 
+import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -54,6 +56,17 @@ class World:
             raise SystemExit(box[0].exit_status)
         return box[0]  # type: ignore[return-value]
 
+    def set_up_logging(self) -> None:
+        """Let rank 0 speak, the others only warn; and silence the libraries' own bars, which would cross ours."""
+        import datasets
+        import transformers
+
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("accel_distill").setLevel(logging.INFO if self.is_main else logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
+        if not self.is_main:
+            datasets.disable_progress_bars()
+
     def leave(self) -> None:
         """Leave the process group at the end of a run; NCCL warns where that is left out."""
         if self.world_size > 1:
@@ -64,12 +77,17 @@ def start_processes() -> World:
     """Join the process group that the launcher made; raise ConfigError where it is not what was asked for."""
     from accelerate import PartialState
 
+    if _is_set(os.environ, "ACCELERATE_USE_DEEPSPEED") and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "ACCELERATE_USE_DEEPSPEED is set, but no launcher started this process, and DeepSpeed needs one, also for "
+            "one process; use launch/train.sh N with ACCELERATE_CONFIG=configs/accelerate/zero2.yaml, or torchrun"
+        )
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=SET_UP_TIMEOUT)
-    check_processes(dict(os.environ), found=state.num_processes, has_gpu=torch.cuda.is_available())
+    check_processes(os.environ, found=state.num_processes, has_gpu=torch.cuda.is_available())
     return World(state.process_index, state.num_processes, state.device, state.distributed_type.value)
 
 
-def check_processes(environment: dict[str, str], *, found: int, has_gpu: bool) -> None:
+def check_processes(environment: Mapping[str, str], *, found: int, has_gpu: bool) -> None:
     """Raise ConfigError where the number of processes `found` is not what the environment speaks of."""
     expected = int(environment.get("WORLD_SIZE", found))
     if expected != found:
@@ -88,11 +106,25 @@ def check_processes(environment: dict[str, str], *, found: int, has_gpu: bool) -
         )
 
 
-def check_backend(environment: dict[str, str], *, distributed_type: str) -> None:
+def check_backend(environment: Mapping[str, str], *, distributed_type: str) -> None:
     """Raise ConfigError where DeepSpeed or FSDP was asked for and something else runs."""
     for name in ("DEEPSPEED", "FSDP"):
-        if environment.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1") and distributed_type != name:
+        if _is_set(environment, f"ACCELERATE_USE_{name}") and distributed_type != name:
             raise ConfigError(
                 f"ACCELERATE_USE_{name} is set, but the run is {distributed_type}: the configuration was not taken up "
                 "(accelerate does this silently on a machine without a GPU, and with ACCELERATE_USE_CPU=true)"
             )
+
+
+def refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError where DeepSpeed or FSDP was asked for by the launcher of a command that shards nothing."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if _is_set(environment, f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                f"generate runs a whole teacher in each process, and ACCELERATE_USE_{name} asks for a sharded one; "
+                "launch it with launch/generate.sh N, or with configs/accelerate/ddp.yaml"
+            )
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")

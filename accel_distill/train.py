@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, TargetsConfig, load_config, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, exit_with
-from accel_distill.processes import World, check_backend, start_processes
+from accel_distill.processes import check_backend, start_processes
 from accel_distill.publish import replace
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer
@@ -55,13 +54,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     if config.student is None:
         raise ConfigError("student: is missing; training needs student.model or student.config")
     world = start_processes()
-    _set_up_logging(world)
+    world.set_up_logging()
     cache = TeacherCache(config.cache.path)
     check_targets(config.targets, cache)
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
     trainer = _make_trainer(config, cache, config.student, arguments)
     distributed_type = trainer.accelerator.distributed_type.value
-    check_backend(dict(os.environ), distributed_type=distributed_type)
+    check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
@@ -221,13 +220,6 @@ def _make_directory(path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"training.output_dir: {path} cannot be made: {error.strerror}") from error
-
-
-def _set_up_logging(world: World) -> None:
-    """Let rank 0 speak, the others only warn; without transformers' bars of loading weights."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("accel_distill").setLevel(logging.INFO if world.is_main else logging.WARNING)
-    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
