@@ -23,10 +23,12 @@ from accel_distill.command_line import OneSentenceParser
 from accel_distill.demo_corpus import python_documents, write_documents
 from accel_distill.demo_teacher import train_teacher, train_tokenizer
 from accel_distill.errors import ConfigError, RunError, exit_with
+from accel_distill.inspect_cache import inspect_cache
 from accel_distill.run_file import to_yaml
 
 MAX_LENGTH = 128  # tokens of a sample
-MOST_THREADS = 4  # for models this small more of them only wait for each other
+# Two threads are no faster with models this small, and 8 times slower where other programs want the cores too.
+THREADS = {"OMP_NUM_THREADS": "1"}
 DEFAULT_DIRECTORY = "demo-run"
 DESCRIPTION = f"""Run the whole main job on an example that needs no download: a text (Python's own documentation), a
 tokenizer and a small teacher trained on it, the teacher's cache, a student trained from the cache, and the same student
@@ -44,8 +46,8 @@ class Sizes:
     epochs: int  # of the students over the cache
 
 
-FULL = Sizes(teacher_steps=900, samples=1200, eval_samples=200, epochs=3)
-QUICK = Sizes(teacher_steps=80, samples=240, eval_samples=80, epochs=2)
+FULL = Sizes(teacher_steps=800, samples=1000, eval_samples=200, epochs=3)
+QUICK = Sizes(teacher_steps=60, samples=160, eval_samples=40, epochs=1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty directory for all files")
         parser.add_argument("--quick", action="store_true", help="less of everything: shows that it runs, no more")
         arguments = parser.parse_args(argv)
-        for name, value in threads(count_cores()).items():  # read when torch is imported, by step 3
-            os.environ.setdefault(name, value)
+        os.environ.update(THREADS)  # read when torch is imported, by step 3
         demo(new_directory(arguments.out), QUICK if arguments.quick else FULL)
         return 0
 
@@ -80,7 +81,7 @@ def demo(out: Path, sizes: Sizes) -> None:
     """Do the six steps, writing below `out`, and print the table. Raises RunError."""
     begun = time.monotonic()
     environment = command_environment(os.environ)  # before a library of step 3 adds to it
-    say(f"All files go to {out}/\n")
+    say(f"Six steps, some minutes on a CPU. All files go to {out}/\n")
     with step(1, "Text: Python's own documentation"):
         documents = python_documents()
         write_documents(out / "documents.jsonl", documents)
@@ -100,7 +101,7 @@ def demo(out: Path, sizes: Sizes) -> None:
         run_command(distil, environment)
     with step(6, "Baseline: the same student, data and steps, with cross-entropy alone"):
         run_command(baseline, environment)
-    say(report(out, environment=environment))
+    say(report(out))
     say(f"\n{time.monotonic() - begun:.0f} s in all. {suggestions(out, generate, distil, samples=sizes.samples)}")
 
 
@@ -136,12 +137,12 @@ def run_file(out: Path, sizes: Sizes) -> dict[str, Any]:
             "num_train_epochs": sizes.epochs,
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 16,
-            "learning_rate": 5e-3,
+            "learning_rate": 6e-3,
             "lr_scheduler_type": "linear",
             "warmup_steps": 0.1,
             "weight_decay": 0.1,
             "adam_beta2": 0.95,
-            "logging_steps": 50,
+            "logging_steps": 25,
             "save_strategy": "no",
             "dataloader_pin_memory": False,
         },
@@ -161,16 +162,7 @@ def commands(out: Path, *, gpus: int) -> tuple[Command, Command, Command]:
     launch = ("accelerate", "launch", "--quiet", *how.split(), "-m", "accel_distill.generate", *run)
     train = (Path(sys.executable).name, "-m", "accel_distill.train", *run)
     alone = ("loss.kd_weight=0", "loss.ce_weight=1", f"training.output_dir={out / 'baseline'}")
-    shared, whole = threads(count_cores() // 2), threads(count_cores())
-    return Command(launch, {**on_cpu, **shared}), Command(train, whole), Command((*train, *alone), whole)
-
-
-def threads(cores: int) -> dict[str, str]:
-    """Return how a process shall use so many cores, as variables of its environment.
-
-    Passive: threads that spin while they wait made training 8 times slower beside other programs.
-    """
-    return {"OMP_NUM_THREADS": str(min(MOST_THREADS, max(1, cores))), "OMP_WAIT_POLICY": "PASSIVE"}
+    return Command(launch, {**on_cpu, **THREADS}), Command(train, THREADS), Command((*train, *alone), THREADS)
 
 
 def run_command(command: Command, environment: Mapping[str, str]) -> None:
@@ -186,12 +178,10 @@ def run_command(command: Command, environment: Mapping[str, str]) -> None:
         raise error
 
 
-def report(out: Path, *, environment: Mapping[str, str]) -> str:
+def report(out: Path) -> str:
     """Return the table, from what the commands wrote, and what follows from its figures."""
     distilled, alone = (json.loads((out / name / "all_results.json").read_text()) for name in ("student", "baseline"))
-    inspect = [sys.executable, "-m", "accel_distill", "inspect", str(out / "cache"), "--json"]
-    cache = json.loads(subprocess.run(inspect, env=environment, capture_output=True, check=True, text=True).stdout)
-    return "\n".join([*table(distilled, alone, cache), "", *comparison(distilled, alone)])
+    return "\n".join([*table(distilled, alone, inspect_cache(out / "cache")), "", *comparison(distilled, alone)])
 
 
 def table(distilled: Mapping[str, Any], alone: Mapping[str, Any], cache: Mapping[str, Any]) -> list[str]:
@@ -207,8 +197,9 @@ def table(distilled: Mapping[str, Any], alone: Mapping[str, Any], cache: Mapping
     return [
         f"{held_out:42}{'distilled':>12}{'CE alone':>12}{'teacher':>12}",
         *(f"  {name:40}{distilled[key]:>12{how}}{alone[key]:>12{how}}{last:>12}" for name, key, how, last in rows),
-        f"The cache: {cache['positions']:,} positions in {cache['samples']:,} documents, {cache['bytes_per_position']:.2f} "
-        f"bytes and {cache['ids_per_position']:.2f} ids a position (of {cache['vocab_size']:,}), {cache['bytes']:,} bytes.",
+        f"The cache: {cache['positions']:,} positions in {cache['samples']:,} documents, "
+        f"{cache['bytes_per_position']:.2f} bytes and {cache['ids_per_position']:.2f} ids a position (of "
+        f"{cache['vocab_size']:,}), {cache['bytes']:,} bytes.",
     ]
 
 
@@ -230,7 +221,8 @@ def suggestions(out: Path, generate: Command, distil: Command, *, samples: int) 
     lines += [
         f"accel-distill inspect {shlex.quote(str(out / 'cache'))}",
         f"{generate} dataset.max_samples={2 * samples}   # adds to the cache",
-        f"{distil} training.num_train_epochs=10",
+        f"{distil} training.num_train_epochs=10 {shlex.quote(f'training.output_dir={out}/student-10')}",
+        "accel-distill init > my-run.yaml   # a run file to fill in, for a teacher and a text of your own",
     ]
     files = "run.yaml (what these commands read), documents.jsonl, teacher/, cache/, student/, baseline/"
     return f"In {out}/: {files}.\nTo go on, from this directory:\n" + "\n".join(f"  {line}" for line in lines)
@@ -273,11 +265,6 @@ def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the commands: `accelerate` is found beside this Python."""
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     return {**environment, "PATH": path}
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus() -> int:

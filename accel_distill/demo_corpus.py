@@ -38,7 +38,7 @@ def python_documents(*, seed: int = 0, library: Path | None = None) -> list[str]
     if found < SMALLEST_CORPUS:
         raise RunError(
             f"found {found:,} characters of documentation in {root}, and the demo needs {SMALLEST_CORPUS:,}; "
-            "run it with a Python that has its standard library as source files (.py) and without -OO"
+            "run it with a Python that has its standard library as source files (.py)"
         )
     random.Random(seed).shuffle(documents)
     return documents

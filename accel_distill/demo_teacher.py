@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from accel_distill.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 2048  # ids, of which 256 are the bytes
 BATCH = 8  # blocks
-# Found by trial, on held-out text: 1/sqrt(hidden size) in place of 0.02 is worth 0.3 nats after 600 steps.
-INITIALIZER_RANGE = 0.08
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 6e-3
+# 1 / sqrt(hidden size) in place of transformers' 0.02: held-out CE after 600 steps 4.7 instead of 5.1.
+INITIALIZER_RANGE = 0.1
 SEED = 0
 
 
@@ -55,7 +55,7 @@ def train_teacher(
     path: Path,
     steps: int,
     block: int,
-) -> "LlamaForCausalLM":
+) -> None:
     """Train the teacher for `steps` on blocks of `block` tokens, and save it with its tokenizer in `path`."""
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
     from transformers.utils import logging
@@ -84,7 +84,6 @@ def train_teacher(
     Trainer(teacher, arguments, train_dataset=blocks).train()
     teacher.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return teacher
 
 
 def teacher_config(tokenizer: "PreTrainedTokenizerFast") -> "LlamaConfig":
@@ -93,11 +92,11 @@ def teacher_config(tokenizer: "PreTrainedTokenizerFast") -> "LlamaConfig":
 
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=96,
+        intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         initializer_range=INITIALIZER_RANGE,

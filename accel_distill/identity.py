@@ -157,8 +157,11 @@ def _count_tokens(
 def _update_plan(config: RunConfig, record: Record) -> list[str]:
     """Take up the run's max_samples: the same as before, or more."""
     wanted, plan, manifest = config.dataset.max_samples, read_plan(record.path), read_manifest(record)
-    before = plan["max_samples"] if plan else wanted
-    if plan and wanted == before:
+    if plan is None:
+        write_plan(record.path, max_samples=wanted)
+        return []
+    before = plan["max_samples"]
+    if wanted == before:
         return []
     if before is None or (wanted is not None and wanted < before):
         raise CacheMismatch(
@@ -173,7 +176,7 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
     if manifest:
         withdraw_manifest(record.path)
     write_plan(record.path, max_samples=wanted)
-    return [f"the cache grows from max_samples {before} to {wanted}"] if plan else []
+    return [f"the cache grows from max_samples {before} to {wanted or 'no limit'}"]
 
 
 def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import stat
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -163,7 +164,8 @@ def _front(header: ShardHeader) -> bytes:
 
 def _image(columns: Mapping[str, np.ndarray]) -> bytes:
     """Build the HDF5 image in memory; the same columns give the same bytes."""
-    with h5py.File("shard", "w", driver="core", backing_store=False, libver=LIBVER) as file:
+    name = uuid.uuid4().hex  # of no file: HDF5 only refuses to have one name open twice in a process
+    with h5py.File(name, "w", driver="core", backing_store=False, libver=LIBVER) as file:
         for name, values in columns.items():
             _add_column(file, name, values)
         file.flush()

@@ -8,6 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,13 @@ def test_the_same_columns_give_the_same_bytes() -> None:
     first = shard_bytes(FIELDS, SMALL | large_columns())
     time.sleep(1.1)  # HDF5 can store times in seconds
     assert shard_bytes(FIELDS, SMALL | large_columns()) == first
+
+
+def test_shards_can_be_built_in_threads_at_once() -> None:
+    columns = SMALL | large_columns()
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: shard_bytes(FIELDS, columns), range(20)))
+    assert set(built) == {shard_bytes(FIELDS, columns)}
 
 
 def test_the_file_is_what_the_format_says_byte_by_byte(good: Path) -> None:

@@ -62,7 +62,7 @@ def make_teacher(path: Path, *, vocab: int = VOCAB, spread: float = 0.3, seed: i
     return path
 
 
-def run_config(teacher: Path, data: Path | list[str], cache: Path, **changes: dict[str, Any]) -> RunConfig:
+def run_config(teacher: Path, data: Path | list[str], cache: Path, /, **changes: dict[str, Any]) -> RunConfig:
     """Return a run on local JSON lines; `changes` are sections, whose keys replace these."""
     files = [str(data)] if isinstance(data, Path) else data
     values: dict[str, Any] = {
