@@ -27,7 +27,8 @@ from accel_distill.inspect_cache import inspect_cache
 from accel_distill.run_file import to_yaml
 
 MAX_LENGTH = 128  # tokens of a sample
-# Two threads are no faster with models this small, and 8 times slower where other programs want the cores too.
+# Models this small gain a tenth from a second thread (20 s to 18 s), and lose a factor of 8 to it (7 s to 59 s) where
+# other programs want the cores too.
 THREADS = {"OMP_NUM_THREADS": "1"}
 DEFAULT_DIRECTORY = "demo-run"
 DESCRIPTION = f"""Run the whole main job on an example that needs no download: a text (Python's own documentation), a

@@ -23,7 +23,9 @@ def test_no_batch_is_over_the_budget_unless_it_is_one_row(budget):
     assert sorted(itertools.chain(*found)) == [i for i, length in enumerate(lengths) if length > 1]
     for batch in found:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
-        assert all(lengths[a] < lengths[b] or (lengths[a] == lengths[b] and a < b) for a, b in itertools.pairwise(batch))
+        assert all(
+            lengths[a] < lengths[b] or (lengths[a] == lengths[b] and a < b) for a, b in itertools.pairwise(batch)
+        )
 
 
 def test_an_id_beyond_the_teachers_vocabulary_is_refused_naming_the_sample():
