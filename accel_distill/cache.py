@@ -122,10 +122,13 @@ class TeacherCache:
         return self._indices_and_places[0]
 
     @cached_property
-    def position_counts(self) -> np.ndarray:
-        """(len,) int64: how many positions of each item carry a target; reads the index of every shard."""
-        counts = [self._rows(shard).position_counts for shard in range(len(self._shards))]
-        return np.concatenate(counts)[self._order] if counts else np.zeros(0, np.int64)
+    def has_target(self) -> np.ndarray:
+        """(len,) bool: whether a position of an item carries a target; opens only shards where one has none."""
+        parts = [np.zeros(0, bool)]
+        for number, shard in enumerate(self._shards):
+            all_have = np.ones(shard["sequences"], bool)
+            parts.append(self._rows(number).has_target if shard["untargeted"] else all_have)
+        return np.concatenate(parts)[self._order]
 
     @property
     def _places(self) -> np.ndarray:
@@ -188,8 +191,8 @@ class _Rows:
         self._stats = {name: self._exactly(header.sequences, name) / STAT_STEPS for name in ("entropy", "logprob")}
 
     @property
-    def position_counts(self) -> np.ndarray:
-        return np.diff(self._positions)
+    def has_target(self) -> np.ndarray:
+        return np.diff(self._positions) > 0
 
     def sample(self, row: int) -> CachedSample:
         import torch

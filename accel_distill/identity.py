@@ -34,7 +34,7 @@ from accel_distill.manifest import (
 )
 from accel_distill.publish import remove_stale, replace
 from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
-from accel_distill.stream import TextStream
+from accel_distill.stream import TextStream, file_sha256
 from accel_distill.teacher import load_teacher_config
 from accel_distill.tokens import SequenceRule, load_tokenizer, tokenizer_identity
 from accel_distill.uniforms import VERSION
@@ -198,7 +198,7 @@ def _teacher_identity(config: RunConfig, model: "PretrainedConfig") -> dict[str,
     }
     if path.is_dir():
         files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
-        return {**described, "files": [[file.name, _sha256(file)] for file in files]}
+        return {**described, "files": [[file.name, file_sha256(file)] for file in files]}
     commit = getattr(model, "_commit_hash", None) or teacher.revision
     return {**described, "name": teacher.model, "commit": commit}
 
@@ -241,11 +241,3 @@ def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             replace(file.read_bytes(), target, scratch=scratch(path))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -199,7 +199,7 @@ def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any
     local = [Path(file) for file in files]
     if not files or not all(path.is_file() for path in local):
         return {"fingerprint": fallback, "files": [file.rpartition("/")[2] for file in files]}
-    return {"files": [[path.name, path.stat().st_size, _sha256(path)] for path in local]}
+    return {"files": [[path.name, path.stat().st_size, file_sha256(path)] for path in local]}
 
 
 def _open(
@@ -253,7 +253,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(cause).split())[:LONGEST_REASON] or type(cause).__name__
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -131,15 +131,14 @@ def split_items(cache: TeacherCache, *, eval_samples: int) -> tuple[list[int], l
     An item without any target teaches nothing and is left out of training, which is said once.
     """
     is_held_out = cache.sample_indices < eval_samples
-    has_target = cache.position_counts > 0
-    training = np.flatnonzero(~is_held_out & has_target).tolist()
+    training = np.flatnonzero(~is_held_out & cache.has_target).tolist()
     held_out = np.flatnonzero(is_held_out).tolist()
     if not training:
         raise ConfigError(
             f"cache {cache.path}: of its {len(cache):,} samples none is left to train on, with "
             f"dataset.eval_samples={eval_samples}; lower it, or generate more"
         )
-    without = int((~is_held_out & ~has_target).sum())
+    without = int((~is_held_out & ~cache.has_target).sum())
     log.info(
         "%s samples to train on (%s without a target left out), %s held out",
         *(f"{number:,}" for number in (len(training), without, len(held_out))),

@@ -68,7 +68,7 @@ def test_items_are_in_the_order_of_the_stream_for_every_layout(
     cache = TeacherCache(tmp_path)
     check_all(cache, rows)
     assert cache.sample_indices.tolist() == [row.sample_index for row in rows]
-    assert cache.position_counts.tolist() == [max(len(row.ids) - 1, 0) for row in rows]
+    assert cache.has_target.tolist() == [len(row.ids) > 1 for row in rows]
     assert cache.samples == len(lengths)
 
 
