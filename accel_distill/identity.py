@@ -68,28 +68,8 @@ def open_for_generation(config: RunConfig, *, world_size: int, device: torch.dev
     tokenizer = load_tokenizer(
         config.teacher.model, revision=config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
     )
-    text = model.get_text_config()
-    _check_length(config, text)
-    identity = {
-        "format": FORMAT,
-        "teacher": _teacher_identity(config, model),
-        "tokenizer": tokenizer_identity(tokenizer),
-        "dataset": _dataset_identity(config, stream),
-        "sequence": {
-            "max_length": config.dataset.max_length,
-            "long_documents": config.dataset.long_documents,
-            "add_special_tokens": config.dataset.add_special_tokens,
-            "append_eos": config.dataset.append_eos,
-        },
-        "targets": {
-            "method": config.targets.method,
-            "parameter": float(config.targets.parameter),
-            "scale": weight_scale(config.targets.method, config.targets.parameter),
-            "temperature": float(config.targets.temperature),
-            "seed": config.targets.seed,
-            "uniforms": VERSION,
-        },
-    }
+    _check_length(config, model.get_text_config())
+    identity = _identity(config, stream, model, tokenizer)
     numerics = {
         "tokens_per_batch": config.teacher.tokens_per_batch,
         "head_chunk": config.teacher.head_chunk,
@@ -103,6 +83,33 @@ def open_for_generation(config: RunConfig, *, world_size: int, device: torch.dev
         record, notes = _make(config, identity, numerics, stream, tokenizer, world_size), []
     remove_stale(scratch(path))
     return Opening(record, notes + _update_plan(config, record))
+
+
+def _identity(
+    config: RunConfig, stream: TextStream, model: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
+    """Return the identity but for the layout, which depends on whether the cache is there."""
+    dataset, targets = config.dataset, config.targets
+    return {
+        "format": FORMAT,
+        "teacher": _teacher_identity(config, model),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "dataset": _dataset_identity(config, stream),
+        "sequence": {
+            "max_length": dataset.max_length,
+            "long_documents": dataset.long_documents,
+            "add_special_tokens": dataset.add_special_tokens,
+            "append_eos": dataset.append_eos,
+        },
+        "targets": {
+            "method": targets.method,
+            "parameter": float(targets.parameter),
+            "scale": weight_scale(targets.method, targets.parameter),
+            "temperature": float(targets.temperature),
+            "seed": targets.seed,
+            "uniforms": VERSION,
+        },
+    }
 
 
 def _reopen(config: RunConfig, identity: dict[str, Any], numerics: dict[str, Any]) -> tuple[Record, list[str]]:
@@ -145,12 +152,13 @@ def _count_tokens(
     stream: TextStream, rule: SequenceRule, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> np.ndarray:
     """Count ids over the stream's first tokens, past the sample cap: so that a cache may grow and stay the same."""
-    counts, texts = np.zeros(vocab_size, np.int64), iter(stream)
-    while counts.sum() < RANKED_TOKENS and (part := list(itertools.islice(texts, RANKED_AT_ONCE))):
+    counts, counted, texts = np.zeros(vocab_size, np.int64), 0, iter(stream)
+    while counted < RANKED_TOKENS and (part := list(itertools.islice(texts, RANKED_AT_ONCE))):
         rows, _ = rule.sequences(part, range(len(part)), tokenizer=tokenizer)
-        for row in rows:
-            known = row.ids[row.ids < vocab_size]
-            counts += np.bincount(known[: RANKED_TOKENS - counts.sum()], minlength=vocab_size)
+        ids = np.concatenate([row.ids for row in rows])
+        known = ids[ids < vocab_size][: RANKED_TOKENS - counted]
+        counts += np.bincount(known, minlength=vocab_size)
+        counted += len(known)
     return counts
 
 

@@ -9,6 +9,7 @@ The one decision: there is no mutable index. What is committed is what `shards/`
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -234,14 +235,21 @@ def remove_superseded(record: Record, total: int) -> list[str]:
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a sentence for each dotted key at which `found` (this run) differs from `expected` (the cache)."""
+    """Return a sentence for each dotted key at which `found` (this run) differs from `expected` (the cache).
+
+    Of a list (a dataset may have thousands of files) only the first difference is told.
+    """
     sentences = []
     for key in sorted(set(expected) | set(found)):
-        ours, theirs = found.get(key), expected.get(key)
+        ours, theirs, name = found.get(key), expected.get(key), f"{prefix}{key}"
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            sentences += differences(theirs, ours, prefix=f"{prefix}{key}.")
+            sentences += differences(theirs, ours, prefix=f"{name}.")
         elif ours != theirs:
-            sentences.append(f"{prefix}{key} is {theirs!r} in the cache and {ours!r} in this run")
+            if isinstance(ours, list) and isinstance(theirs, list):
+                pairs = itertools.zip_longest(theirs, ours)
+                place, (theirs, ours) = next(pair for pair in enumerate(pairs) if pair[1][0] != pair[1][1])
+                name = f"{name}[{place}]"
+            sentences.append(f"{name} is {theirs!r} in the cache and {ours!r} in this run")
     return sentences
 
 

@@ -7,6 +7,7 @@ for. Launchers fall back silently: two processes that both believe to be rank 0 
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,8 @@ from accel_distill.errors import ConfigError, RunError
 
 # Rank 0 hashes weights and counts tokens while the others wait.
 SET_UP_TIMEOUT = timedelta(hours=2)
+# Seconds that rank 0 has to say why a run ends, before the others leave: a launcher then ends all that are left.
+SAID_AFTER = 1.0
 T = TypeVar("T")
 
 
@@ -53,6 +56,7 @@ class World:
                 raise
         broadcast_object_list(box, from_process=0)
         if isinstance(box[0], RunError):
+            time.sleep(SAID_AFTER)
             raise SystemExit(box[0].exit_status)
         return box[0]  # type: ignore[return-value]
 

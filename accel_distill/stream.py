@@ -116,14 +116,12 @@ class Walk:
                 kept[lane].append(text)
             if lane in hashes:
                 hashes[lane].add(text)
-        if self.total == self._max_samples:
-            self.stream_end = "cap"
         return kept, hashes
 
     def _check_committed(self, group: int, hashes: Mapping[int, "TextHash"]) -> None:
         for lane, texts in hashes.items():
             samples, expected = self._committed[group, lane]
-            if texts.added < samples or texts.hexdigest() != expected:
+            if texts.hexdigest() != expected:
                 first = self._layout.first_sample(group, lane)
                 last = first + (samples - 1) * self._layout.lanes
                 raise CacheMismatch(
@@ -145,14 +143,14 @@ class TextHash:
 
     def __init__(self, samples: int | None = None) -> None:
         """Start with no text added."""
-        self._hash, self._samples, self.added = hashlib.sha256(), samples, 0
+        self._hash, self._samples, self._added = hashlib.sha256(), samples, 0
 
     def add(self, text: Text) -> None:
         """Add one text; None counts as empty."""
-        if self.added != self._samples:
+        if self._added != self._samples:
             data = (text or "").encode("utf-8", "surrogatepass")
             self._hash.update(len(data).to_bytes(8, "little") + data)
-            self.added += 1
+            self._added += 1
 
     def hexdigest(self) -> str:
         """Return the hash of what was added."""

@@ -208,4 +208,11 @@ def test_differences_are_told_by_dotted_key_with_both_values() -> None:
         "d is 'x' in the cache and None in this run",
         "new is None in the cache and 3 in this run",
     ]
+    files = {"files": [["a", 1], ["b", 2], ["c", 3]]}
+    assert differences(files, {"files": [["a", 1], ["c", 3], ["b", 2]]}) == [
+        "files[1] is ['b', 2] in the cache and ['c', 3] in this run"
+    ]
+    assert differences(files, {"files": [["a", 1], ["b", 2]]}) == [
+        "files[2] is ['c', 3] in the cache and None in this run"
+    ]
     assert differences(cache, json.loads(json.dumps(cache))) == []
