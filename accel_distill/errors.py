@@ -3,6 +3,7 @@
 The one decision: a command catches `RunError` and nothing else, so a bug of ours still shows its traceback.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -44,9 +45,12 @@ class DamagedCache(RunError):
 
 
 def exit_with(command: Callable[[], int]) -> int:
-    """Run `command`; turn a `RunError` into one sentence on standard error and its exit status."""
+    """Run `command`; turn a `RunError`, or Ctrl-C, into one sentence on standard error and its exit status."""
     try:
         return command()
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, and the same command goes on", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT

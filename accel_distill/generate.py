@@ -69,6 +69,7 @@ def generate(config: RunConfig) -> dict[str, Any]:
     world = start_processes()
     world.set_up_logging()
     record, committed = world.from_main(lambda: _open(config, world))
+    config = _pinned(config, record)
     manifest = read_manifest(record)
     if manifest is None:
         stream = TextStream(config.dataset)
@@ -100,6 +101,17 @@ def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int]
         samples = sum(header.samples for header in headers.values())
         log.info("already there: %s with %s samples", _count(len(headers), "shard"), f"{samples:,}")
     return record, {place: (header.samples, header.texts_sha256) for place, header in headers.items()}
+
+
+def _pinned(config: RunConfig, record: Record) -> RunConfig:
+    """Name the hub commits that rank 0 found, so that a push while the ranks start cannot mix two of them."""
+    sections: dict[str, Any] = {}
+    if commit := record.identity["teacher"].get("commit"):
+        sections["teacher"] = config.teacher.model_copy(update={"revision": commit})
+    commit = record.identity["dataset"]["source"].get("commit")
+    if commit and "," not in commit and config.dataset.data_files is None:
+        sections["dataset"] = config.dataset.model_copy(update={"revision": commit})
+    return config.model_copy(update=sections)
 
 
 def _withdraw_if_incomplete(record: Record) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from accel_distill.codec import Method
@@ -160,7 +161,7 @@ def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: in
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
     return Teacher(model, head_chunk=config.head_chunk, valid_ids=valid_ids)

@@ -90,9 +90,9 @@ def load_tokenizer(
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}") from error
+    except Exception as error:  # a broken file can make the libraries raise anything, a bare Exception too
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"no tokenizer can be loaded from {name}: {type(error).__name__}: {reason}") from error
 
 
 def tokenizer_size(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -192,3 +192,11 @@ def test_targets_on_a_gpu_are_those_of_the_cpu():
             float((teacher.targets_for(batch, sampling=sampling).targets.to_dense(VOCAB).sum(-1) - 1).abs().max())
             < 1e-5
         )
+
+
+def test_a_damaged_weight_file_is_one_sentence(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="teacher.model: .* cannot be loaded"):
+        load_teacher(TeacherConfig(model=str(tmp_path)), device=torch.device("cpu"), valid_ids=VOCAB)

@@ -199,3 +199,10 @@ def test_a_real_tokenizer_that_begins_texts_gives_beginning_text_and_end(
     assert rows[0].ids.tolist() == [real.bos_token_id, *real(text, add_special_tokens=False)["input_ids"], 2]
     assert real.decode(rows[0].ids[1:-1]) == text
     assert (len(rows[1].ids), cut, tokenizer_size(real)) == (0, 0, 512)
+
+
+def test_a_tokenizer_file_that_cannot_be_parsed_is_one_sentence(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nonsense"}}')
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded from"):
+        load_tokenizer(tmp_path)
