@@ -47,7 +47,7 @@ class Sizes:
     epochs: int  # of the students over the cache
 
 
-FULL = Sizes(teacher_steps=800, samples=1000, eval_samples=200, epochs=3)
+FULL = Sizes(teacher_steps=600, samples=1000, eval_samples=200, epochs=3)
 QUICK = Sizes(teacher_steps=60, samples=160, eval_samples=40, epochs=1)
 
 

@@ -3,6 +3,7 @@
 The one decision: a command catches `RunError` and nothing else, so a bug of ours still shows its traceback.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -52,5 +53,9 @@ def exit_with(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, and the same command goes on", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; what was published or saved is kept (see the README)", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

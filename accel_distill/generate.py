@@ -33,7 +33,7 @@ from accel_distill.manifest import (
     write_manifest,
 )
 from accel_distill.pipeline import ShardContent, ShardMaker
-from accel_distill.processes import World, refuse_sharding, start_processes
+from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
 from accel_distill.publish import publish, replace
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.generate")
-        generate(load_config(path, overrides))
+        try:
+            generate(load_config(path, overrides))
+        finally:
+            leave_processes()
         return 0
 
     return exit_with(run)
@@ -83,6 +86,8 @@ def generate(config: RunConfig) -> dict[str, Any]:
         if stale := remove_superseded(record, manifest["samples"]):
             log.info("removed %s that longer ones replace", _count(len(stale), "short shard"))
         log.info("%s", _summary(record, manifest, seconds=time.monotonic() - begun))
+        if not manifest["sums"]["positions"]:
+            log.warning("no position carries a target: nothing can be trained from this cache; are the texts empty?")
     world.leave()
     return manifest
 
@@ -229,8 +234,8 @@ class _Watch:
 
     def positions(self, count: int) -> None:
         """Count positions that this rank has finished; negative: that it has published them."""
-        self._progress.positions(count)
         self.look(every=LOOK_EVERY if count > 0 else 0.0)
+        self._progress.positions(count)
 
     def look(self, *, every: float) -> None:
         """Read the headers of new shards, unless the last look was less than `every` seconds ago."""
@@ -276,10 +281,11 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
     per_position = sums["bytes"] / sums["positions"] if sums["positions"] else 0.0
     end = "the end of the dataset" if manifest["stream_end"] == "exhausted" else "the sample cap"
     return (
-        f"complete: {manifest['samples']:,} samples (to {end}), {sums['tokens']:,} tokens, {sums['positions']:,} "
-        f"positions, {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a "
-        f"position); {sums['empty']:,} samples empty, {sums['truncated']:,} cut at max_length; {seconds:.0f} s; "
-        f"{record.path}"
+        f"complete: {record.path}\n"
+        f"  {manifest['samples']:,} samples (to {end}): {sums['empty']:,} empty, {sums['truncated']:,} cut at max_length"
+        f"\n  {sums['tokens']:,} tokens, {sums['positions']:,} positions with a target\n"
+        f"  {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a position), "
+        f"{seconds:.0f} s"
     )
 
 

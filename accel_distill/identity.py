@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from accel_distill import __version__
-from accel_distill.codec import rank_tokens, weight_scale
+from accel_distill.codec import Method, rank_tokens, weight_scale
 from accel_distill.config import RunConfig
 from accel_distill.errors import CacheMismatch, ConfigError
 from accel_distill.manifest import (
     Record,
     create,
     differences,
+    listed_shards,
     make_directories,
     read_manifest,
     read_plan,
@@ -78,7 +79,15 @@ def open_for_generation(config: RunConfig, *, world_size: int, device: torch.dev
     }
     make_directories(path)
     if (path / "cache.json").is_file():
-        record, notes = _reopen(config, identity, numerics)
+        try:
+            record, notes = _reopen(config, identity, numerics)
+        except CacheMismatch:
+            if listed_shards(path):
+                raise
+            for name in ("plan.json", "cache.json"):
+                (path / name).unlink(missing_ok=True)
+            record = _make(config, identity, numerics, stream, tokenizer, world_size)
+            notes = ["no shard was made with the earlier settings yet: the cache begins anew"]
     else:
         record, notes = _make(config, identity, numerics, stream, tokenizer, world_size), []
     remove_stale(scratch(path))
@@ -120,12 +129,30 @@ def _reopen(config: RunConfig, identity: dict[str, Any], numerics: dict[str, Any
     lanes = config.cache.lanes or layout["lanes"]
     identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=layout["ranks_sha256"])
     found = differences(record.identity, identity) + differences(record.numerics, numerics)
+    found = [_as_written(sentence, method=config.targets.method) for sentence in found]
     if found:
         raise CacheMismatch(
             f"cache {path} was made with other settings: {'; '.join(found)}. Set them back, or name another cache.path"
         )
     changed = differences(record.environment, _environment())
     return record, [f"the cache was begun in another environment: {'; '.join(changed)}"] if changed else []
+
+
+def _as_written(difference: str, *, method: Method) -> str:
+    """Name a setting of the identity as the run file does."""
+    parameter = {"threshold": "threshold", "top_k": "top_k", "random": "draws"}[method]
+    for ours, written in (
+        ("sequence.", "dataset."),
+        ("layout.", "cache."),
+        ("targets.parameter ", f"targets.{parameter} "),
+        ("dataset.source.files", "dataset.data_files"),
+        ("tokens_per_batch ", "teacher.tokens_per_batch "),
+        ("head_chunk ", "teacher.head_chunk "),
+        ("attn_implementation ", "teacher.attn_implementation "),
+    ):
+        if difference.startswith(ours):
+            return written + difference.removeprefix(ours)
+    return difference
 
 
 def _make(
@@ -171,7 +198,8 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
     before = plan["max_samples"]
     if wanted == before:
         return []
-    if before is None or (wanted is not None and wanted < before):
+    shrinks = before is None or (wanted is not None and wanted < before)
+    if shrinks and listed_shards(record.path):
         raise CacheMismatch(
             f"dataset.max_samples is {wanted}, but cache {record.path} was begun with {before or 'no limit'}, and a "
             "cache only grows; set it back, or name another cache.path"
@@ -184,12 +212,12 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
     if manifest:
         withdraw_manifest(record.path)
     write_plan(record.path, max_samples=wanted)
-    return [f"the cache grows from max_samples {before} to {wanted or 'no limit'}"]
+    return [f"the cache {'shrinks' if shrinks else 'grows'} from max_samples {before} to {wanted or 'no limit'}"]
 
 
 def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:
     positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and config.dataset.max_length > positions:
+    if positions is not None and 0 < positions < config.dataset.max_length:
         raise ConfigError(
             f"dataset.max_length is {config.dataset.max_length}, but the teacher {config.teacher.model} has "
             f"max_position_embeddings {positions}; set dataset.max_length={positions} or less"

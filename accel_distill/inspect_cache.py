@@ -1,7 +1,7 @@
 """`accel-distill inspect CACHE [--json]`: what a cache is and what it holds, from its small files and shard headers.
 
-The one decision: no column of a shard is read but those that say how many ids there are, so it answers in seconds, with
-neither torch nor transformers.
+The one decision: no column is decoded, only headers and the lengths of columns are used, with neither torch nor
+transformers. It costs a hash of every shard (about 1 GB/s): what is damaged is said and not counted.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_distill.command_line import OneSentenceParser
-from accel_distill.errors import exit_with
+from accel_distill.errors import DamagedCache, exit_with
 from accel_distill.manifest import Record, committed_shards, read_manifest, read_plan, read_record
 from accel_distill.shard import HEADER_BYTES, ShardFile
 
@@ -38,9 +38,14 @@ def inspect_cache(path: Path) -> dict[str, Any]:
     manifest, plan = read_manifest(record), read_plan(path)
     headers = committed_shards(record)
     if manifest:  # a longer run may have left short shards of the same place behind; the manifest counts
-        headers = {
-            (shard["group"], shard["lane"]): headers[shard["group"], shard["lane"]] for shard in manifest["shards"]
-        }
+        wanted = [(shard["group"], shard["lane"]) for shard in manifest["shards"]]
+        if gone := [place for place in wanted if place not in headers]:
+            raise DamagedCache(
+                f"cache {path}: the manifest says complete, but {len(gone)} of {len(wanted)} shards are gone (the "
+                f"first: group {gone[0][0]}, lane {gone[0][1]}); run the same generate command "
+                "again, which makes them anew"
+            )
+        headers = {place: headers[place] for place in wanted}
     totals = {name: sum(getattr(header, name) for header in headers.values()) for name in COUNTS}
     size = sum(HEADER_BYTES + header.payload_bytes for header in headers.values())
     places = [(header.group, header.lane, header.samples) for header in headers.values()]

@@ -211,7 +211,12 @@ def read_manifest(record: Record) -> dict[str, Any] | None:
 
 def read_plan(path: Path) -> dict[str, Any] | None:
     """Return what `plan.json` says, None before the first run."""
-    return _read_json(path / "plan.json") if (path / "plan.json").is_file() else None
+    if not (path / "plan.json").is_file():
+        return None
+    plan = _read_json(path / "plan.json")
+    if not isinstance(plan.get("max_samples", ""), int | None):
+        raise DamagedCache(f"{path / 'plan.json'}: it does not say max_samples; delete it and run generate again")
+    return plan
 
 
 def write_plan(path: Path, *, max_samples: int | None) -> None:

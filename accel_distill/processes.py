@@ -77,6 +77,12 @@ class World:
             torch.distributed.destroy_process_group()
 
 
+def leave_processes() -> None:
+    """Leave the process group, if there is one: a process that ends in it on an error can die of SIGABRT instead."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def start_processes() -> World:
     """Join the process group that the launcher made; raise ConfigError where it is not what was asked for."""
     from accelerate import PartialState

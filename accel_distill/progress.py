@@ -27,7 +27,7 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._lines = shown and not terminal
         self._bar = tqdm(
-            total=total, initial=done, unit=" samples", disable=not (shown and terminal), smoothing=0.05, leave=True
+            total=total, initial=done, unit=" samples", disable=not (shown and terminal), smoothing=0, leave=True
         )
 
     def __enter__(self) -> "Progress":

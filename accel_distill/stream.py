@@ -5,6 +5,7 @@ the whole stream; it buys the same samples for any number of ranks (the datasets
 samples with the number of ranks or of files).
 """
 
+import glob
 import hashlib
 import itertools
 import random
@@ -34,6 +35,7 @@ class TextStream:
     def __init__(self, config: "DatasetConfig") -> None:
         """Open the dataset; raise ConfigError for a dataset, split, file or column that is not there."""
         self._config = config
+        _check_data_files(config)
         builder = _builder(config)
         self._files, self._fallback = _files(builder.config.data_files or {}, config), builder.hash
         self._dataset = _open(config, self._files, reader=builder.name)
@@ -165,6 +167,14 @@ def hash_texts(texts: Sequence[Text]) -> str:
     return total.hexdigest()
 
 
+def _check_data_files(config: "DatasetConfig") -> None:
+    """Raise ConfigError for a local path or glob without a file: the library takes that for an empty dataset."""
+    local = [] if "/" in config.name else config.data_files or []  # of a dataset on the hub they are the hub's
+    for pattern in local:
+        if "://" not in pattern and not glob.glob(pattern, recursive=True):
+            raise ConfigError(f"dataset.data_files: there is no file {pattern} (seen from {Path.cwd()})")
+
+
 def _builder(config: "DatasetConfig") -> "datasets.DatasetBuilder":
     import datasets
 
@@ -193,10 +203,12 @@ def _files(found: Mapping[str, Any], config: "DatasetConfig") -> list[str]:
 def _identity_of(files: Sequence[str], *, fallback: str | None) -> dict[str, Any]:
     commits = {match[1] for match in map(COMMIT.match, files) if match}
     if commits:
-        return {"commit": ",".join(sorted(commits)), "files": len(files)}
+        names = "\n".join(COMMIT.sub("", file) for file in files)  # in the order in which they are read
+        listed = hashlib.sha256(names.encode()).hexdigest()
+        return {"commit": ",".join(sorted(commits)), "files": len(files), "files_sha256": listed}
     local = [Path(file) for file in files]
     if not files or not all(path.is_file() for path in local):
-        return {"fingerprint": fallback, "files": [file.rpartition("/")[2] for file in files]}
+        return {"fingerprint": fallback, "files": files if all("://" in file for file in files) else len(files)}
     return {"files": [[path.name, path.stat().st_size, file_sha256(path)] for path in local]}
 
 
@@ -240,7 +252,7 @@ def _dataset_errors() -> tuple[type[BaseException], ...]:
     """What the datasets library raises for names, splits, files and rows that are not there or not readable."""
     from datasets.exceptions import DatasetsError
 
-    return (DatasetsError, OSError, ValueError, StopIteration)
+    return (DatasetsError, OSError, ValueError, RuntimeError, StopIteration)
 
 
 def _one_line(error: BaseException) -> str:

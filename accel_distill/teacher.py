@@ -54,7 +54,8 @@ class Teacher:
     def __init__(self, model: "PreTrainedModel", *, head_chunk: int, valid_ids: int) -> None:
         """Take a loaded model; `valid_ids` is how many ids the tokenizer can make: logits beyond do not exist."""
         self.model = model.eval().requires_grad_(False)
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        output = model.get_output_embeddings()
+        self.vocab_size = model.config.get_text_config().vocab_size if output is None else output.weight.shape[0]
         self.device = next(model.parameters()).device
         self._head_chunk, self._valid_ids = head_chunk, min(valid_ids, self.vocab_size)
         self._head, reason = separate_head(model)
@@ -153,17 +154,24 @@ def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: in
     if config.quantization or device.type == "cuda":
         extra["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             config.model,
+            output_loading_info=True,
             revision=config.revision or "main",
             dtype=config.dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             **extra,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {' '.join(str(error).split())}") from error
+    if missing := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
+        raise ConfigError(
+            f"teacher.model: {config.model} lacks {len(missing)} of its weights, which would be random: "
+            f"{missing[0]}, ...; its config.json and its weight files do not belong together"
+        )
     return Teacher(model, head_chunk=config.head_chunk, valid_ids=valid_ids)
 
 

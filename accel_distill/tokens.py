@@ -105,6 +105,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     canaries = [tokenizer(text, verbose=False)["input_ids"] for text in CANARIES]
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id}
     return {
+        "rules_sha256": {name: _sha256_of(rule) for name, rule in sorted(_rules(tokenizer).items())},
         "vocab_sha256": _sha256_of(sorted(tokenizer.get_vocab().items())),
         "canaries_sha256": _sha256_of(canaries),
         "special_ids": special,
@@ -122,13 +123,29 @@ def check_same_tokenizer(cached: "PreTrainedTokenizerBase", other: "PreTrainedTo
                 f"{name}: its tokenizer is not the cache's: id {index} is {theirs.get(index)!r}, in the cache "
                 f"{ours[index]!r}; train a student with the teacher's tokenizer"
             )
-    for text in CANARIES:
-        mine, found = cached(text, verbose=False)["input_ids"], other(text, verbose=False)["input_ids"]
-        if mine != found:
+    mine, others = _rules(cached), _rules(other)
+    for rule in ("normalizer", "pre_tokenizer", "merges"):
+        if mine and others and mine[rule] != others[rule]:
             raise CacheMismatch(
-                f"{name}: its tokenizer is not the cache's: {text!r} becomes {found}, in the cache {mine}; "
+                f"{name}: its tokenizer is not the cache's: it has the same ids, but another {rule}, so texts become "
+                "other ids; train a student with the teacher's tokenizer"
+            )
+    for text in CANARIES:
+        ours_now, found = cached(text, verbose=False)["input_ids"], other(text, verbose=False)["input_ids"]
+        if ours_now != found:
+            raise CacheMismatch(
+                f"{name}: its tokenizer is not the cache's: {text!r} becomes {found}, in the cache {ours_now}; "
                 "train a student with the teacher's tokenizer"
             )
+
+
+def _rules(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return what a fast tokenizer does to a text beside looking ids up; nothing for a slow one, which has canaries."""
+    if not tokenizer.is_fast:
+        return {}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    return {**rules, "merges": (content.get("model") or {}).get("merges")}
 
 
 def _sha256_of(value: object) -> str:

@@ -16,17 +16,20 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
-from accel_distill.config import RunConfig, StudentConfig, TargetsConfig, load_config, resolved_yaml
-from accel_distill.errors import CacheMismatch, ConfigError, exit_with
-from accel_distill.processes import check_backend, start_processes
+from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
+from accel_distill.manifest import differences
+from accel_distill.processes import check_backend, leave_processes, start_processes
 from accel_distill.publish import replace
 from accel_distill.student import load_student
-from accel_distill.tokens import load_tokenizer
+from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
+from accel_distill.training_arguments import sharded_by
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -38,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.train")
-        train(load_config(path, overrides))
+        try:
+            train(load_config(path, overrides))
+        finally:
+            leave_processes()
         return 0
 
     return exit_with(run)
@@ -53,10 +59,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     if config.student is None:
         raise ConfigError("student: is missing; training needs student.model or student.config")
+    _refuse_unlaunched(config.training)
     world = start_processes()
     world.set_up_logging()
-    cache = TeacherCache(config.cache.path)
-    check_targets(config.targets, cache)
+    cache = world.from_main(lambda: _open(config))
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
     trainer = _make_trainer(config, cache, config.student, arguments)
     distributed_type = trainer.accelerator.distributed_type.value
@@ -72,21 +78,51 @@ def train(config: RunConfig) -> dict[str, Any]:
     return metrics
 
 
-def check_targets(targets: TargetsConfig, cache: TeacherCache) -> None:
-    """Raise CacheMismatch where the run file says anything about its targets that is not so in the cache."""
-    made = {
-        "method": cache.method,
-        PARAMETER_NAMES[cache.method]: cache.parameter,
-        "temperature": cache.temperature,
-        "seed": cache.identity["targets"]["seed"],
+def _open(config: RunConfig) -> TeacherCache:
+    cache = TeacherCache(config.cache.path)
+    check_settings(config, cache)
+    return cache
+
+
+def _refuse_unlaunched(training: dict[str, Any]) -> None:
+    """Raise ConfigError where section `training` asks for DeepSpeed or FSDP and no launcher started this process."""
+    backend = sharded_by(training)
+    if backend and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"training.{backend} needs a launcher, also for one process: torchrun --nproc_per_node N -m "
+            "accel_distill.train ..., or launch/train.sh N with an ACCELERATE_CONFIG of configs/accelerate/ instead of "
+            "the key"
+        )
+
+
+def check_settings(config: RunConfig, cache: TeacherCache) -> None:
+    """Raise CacheMismatch where the run file says anything of targets or text that is not so in the cache."""
+    identity = cache.identity
+    made: dict[str, dict[str, Any]] = {
+        "targets": {
+            "method": cache.method,
+            PARAMETER_NAMES[cache.method]: cache.parameter,
+            "temperature": cache.temperature,
+            "seed": identity["targets"]["seed"],
+        },
+        "dataset": {
+            **{name: identity["dataset"][name] for name in ("name", "config_name", "split", "text_column")},
+            **identity["sequence"],
+        },
     }
-    for name, value in made.items():
-        found = getattr(targets, name)
-        if name in targets.model_fields_set and found != value:
-            raise CacheMismatch(
-                f"targets.{name} is {found}, but the cache {cache.path} was made with {value}; leave it out "
-                "(training takes it from the cache), or generate a cache with it under another cache.path"
-            )
+    for section, values in made.items():
+        said = getattr(config, section)
+        for name, value in values.items():
+            found = getattr(said, name)
+            same = found == value or (name == "name" and Path(found).name == value)  # a directory's path may change
+            if name in said.model_fields_set and not same:
+                raise CacheMismatch(
+                    f"{section}.{name} is {found}, but the cache {cache.path} was made with {value}; leave it out "
+                    "(training takes it from the cache), or generate a cache with it under another cache.path"
+                )
+    wanted = config.dataset.max_samples
+    if wanted is not None and wanted < cache.samples:
+        log.warning("dataset.max_samples is %s, but training uses the whole cache: %s samples", wanted, cache.samples)
 
 
 def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArguments:
@@ -109,9 +145,7 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
-    resumed = values.get("resume_from_checkpoint")
-    if resumed is not None and not Path(resumed).is_dir():
-        raise ConfigError(f"training.resume_from_checkpoint: there is no directory {resumed}")
+    values = {**values, "resume_from_checkpoint": _checkpoint(values)}
     try:
         arguments = TrainingArguments(**{**defaults, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -123,6 +157,21 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
             "even_batches false (processes would wait for each other's missing batches); leave them out"
         )
     return arguments
+
+
+def _checkpoint(values: dict[str, Any]) -> str | None:
+    """Return the checkpoint to go on from; `true` means the last one of output_dir."""
+    wanted, output_dir = values.get("resume_from_checkpoint"), str(values.get("output_dir", "trainer_output"))
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if wanted is True:
+        if last is None:
+            raise ConfigError(f"training.resume_from_checkpoint is true, but {output_dir} holds no checkpoint")
+        return last
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise ConfigError(f"training.resume_from_checkpoint: there is no directory {wanted}")
+    if not wanted and last:
+        log.warning("%s is there, but training starts anew; to go on: training.resume_from_checkpoint=true", last)
+    return wanted or None
 
 
 def split_items(cache: TeacherCache, *, eval_samples: int) -> tuple[list[int], list[int]]:
@@ -166,6 +215,11 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
+    if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
+        raise DamagedCache(
+            f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
+            "from the teacher again"
+        )
     model = load_student(
         student, tokenizer, vocab_size=cache.vocab_size, max_length=cache.max_length, seed=arguments.seed
     )

@@ -48,6 +48,8 @@ def check_training(values: Mapping[str, Any]) -> None:
         if name not in annotations:
             near = did_you_mean(name, annotations) or "see the fields of transformers.TrainingArguments"
             raise WrongValue(name, f"unknown key; {near}")
+        if name == "resume_from_checkpoint" and isinstance(value, bool):
+            continue  # ours: the last checkpoint of output_dir, or none
         _check_type(name, value, annotation=annotations[name], enums=enums)
         allowed, reason = ALLOWED.get(name, ((value,), ""))
         if value is not None and value not in allowed:

@@ -39,6 +39,8 @@ echo "Installing accel-distill${extra:+ [$extra]} into $venv: PyTorch and more, 
 if ! command -v nvidia-smi >/dev/null 2>&1; then
   echo "(No NVIDIA driver here. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a much smaller PyTorch.)"
 fi
+# editable_mode=compat puts the checkout on the path. The other way, a hook, loses against the folder of the checkout itself
+# where Python starts beside it: that folder is called accel_distill too.
 "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/launch/constraints.txt" \
-  --editable "$root${extra:+[$extra]}"
+  --config-settings editable_mode=compat --editable "$root${extra:+[$extra]}"
 printf '%s\n' "$wanted" >"$stamp"

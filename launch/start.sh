@@ -53,4 +53,5 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then # accelerate would set 1
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
-exec "$python" -m accelerate.commands.launch --quiet "${how[@]}" -m "$module" "$@"
+echo "starting $processes processes of $module" >&2
+exec "$python" "$root/launch/quiet_launch.py" --quiet "${how[@]}" -m "$module" "$@"

@@ -353,8 +353,11 @@ def test_what_a_run_says(config: Callable[..., RunConfig], fresh: Path, caplog: 
     first, second, last = caplog.messages
     assert first == f"1 process on cpu: opening {cache}"
     assert second == "already there: 7 shards with 26 samples"
-    assert last.startswith("complete: 30 samples (to the sample cap), 728 tokens, 701 positions, 8 shards, ")
-    assert "3 samples empty, 17 cut at max_length" in last and last.endswith(str(cache))
+    lines = last.splitlines()
+    assert lines[0] == f"complete: {cache}"
+    assert lines[1] == "  30 samples (to the sample cap): 3 empty, 17 cut at max_length"
+    assert lines[2] == "  728 tokens, 701 positions with a target"
+    assert lines[3].startswith("  8 shards, ")
 
 
 def test_two_runs_at_once_on_one_cache_agree(config: Callable[..., RunConfig], fresh: Path) -> None:
@@ -390,7 +393,7 @@ def test_a_stream_that_changed_is_refused_on_resume(
     (tmp_path / "cache" / "manifest.json").unlink()
     write_jsonl(data, [*TEXTS[:9], "changed", *TEXTS[10:]])
     with pytest.raises(
-        CacheMismatch, match=r"dataset.source.files\[0\] is \['data.jsonl', .* in the cache and \['data.jsonl', "
+        CacheMismatch, match=r"dataset.data_files\[0\] is \['data.jsonl', .* in the cache and \['data.jsonl', "
     ):
         generate(made)
     same = run_config(place / "teacher", data, tmp_path / "other")
@@ -484,7 +487,7 @@ OTHER: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "split is 'train' in the cache and 'train[",
     ),
     "dataset.shuffle": ({"dataset": {"shuffle_files": 3}}, "shuffle_files is None in the cache and 3"),
-    "dataset.max_length": ({"dataset": {"max_length": 16}}, "sequence.max_length is 32 in the cache and 16"),
+    "dataset.max_length": ({"dataset": {"max_length": 16}}, "dataset.max_length is 32 in the cache and 16"),
     "dataset.long": ({"dataset": {"long_documents": "split"}}, "long_documents is 'truncate' in the cache and 'split'"),
     "dataset.eos": ({"dataset": {"append_eos": False}}, "append_eos is True in the cache and False"),
     "dataset.special": (
@@ -492,11 +495,11 @@ OTHER: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "add_special_tokens is True in the cache and False",
     ),
     "targets.method": ({"targets": {"method": "top_k"}}, "targets.method is 'threshold' in the cache and 'top_k'"),
-    "targets.threshold": ({"targets": {"threshold": 0.06}}, "targets.parameter is 0.05 in the cache and 0.06"),
+    "targets.threshold": ({"targets": {"threshold": 0.06}}, "targets.threshold is 0.05 in the cache and 0.06"),
     "targets.temperature": ({"targets": {"temperature": 2.0}}, "targets.temperature is 1.0 in the cache and 2.0"),
     "targets.seed": ({"targets": {"seed": 1}}, "targets.seed is 0 in the cache and 1"),
-    "cache.lanes": ({"cache": {"lanes": 3}}, "layout.lanes is 2 in the cache and 3"),
-    "cache.shards": ({"cache": {"samples_per_shard": 5}}, "layout.samples_per_shard is 4 in the cache and 5"),
+    "cache.lanes": ({"cache": {"lanes": 3}}, "cache.lanes is 2 in the cache and 3"),
+    "cache.shards": ({"cache": {"samples_per_shard": 5}}, "cache.samples_per_shard is 4 in the cache and 5"),
 }
 
 
@@ -517,7 +520,7 @@ def test_other_weights_data_or_tokenizers_are_refused(place: Path, fresh: Path, 
     make_teacher(tmp_path / "teacher", seed=1)
     for teacher, data, words in [
         (tmp_path / "teacher", place / "data.jsonl", "teacher.files"),
-        (place / "teacher", write_jsonl(tmp_path / "data.jsonl", ["x"]), "dataset.source.files"),
+        (place / "teacher", write_jsonl(tmp_path / "data.jsonl", ["x"]), "dataset.data_files"),
         (place / "teacher", write_jsonl(tmp_path / "other.jsonl", TEXTS), "other.jsonl"),
     ]:
         with pytest.raises(CacheMismatch, match=words):
@@ -665,3 +668,27 @@ def test_a_sharded_teacher_is_refused_before_anything_starts(
     monkeypatch.setattr(command, "start_processes", None)
     with pytest.raises(RunError, match=f"ACCELERATE_USE_{name} asks for a sharded one"):
         generate(config())
+
+
+def test_settings_may_change_until_the_first_shard_is_there(
+    config: Callable[..., RunConfig], fresh: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = config().cache.path
+    shutil.copytree(fresh, cache)
+    (cache / "manifest.json").unlink()
+    for shard in (cache / "shards").iterdir():
+        shard.unlink()
+    with caplog.at_level(logging.WARNING):
+        generate(config(targets={"threshold": 0.06}, dataset={"max_samples": 8}))
+    assert "the cache begins anew" in caplog.text
+    assert len(list((cache / "shards").iterdir())) == 2
+
+
+def test_only_empty_texts_are_a_cache_with_a_warning(
+    config: Callable[..., RunConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_jsonl(tmp_path / "empty.jsonl", ["", None, "", ""])
+    with caplog.at_level(logging.WARNING):
+        manifest = generate(config(dataset={"data_files": [str(data)]}))
+    assert manifest["sums"]["positions"] == 0
+    assert "no position carries a target" in caplog.text

@@ -1,6 +1,7 @@
 """`accel-distill inspect` on a real small cache: the figures are those of the files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -48,8 +49,6 @@ def test_the_text_says_what_the_cache_is(cache, capsys):
 
 
 def test_an_incomplete_cache_is_shown_as_what_it_is(cache, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
     (copy / "manifest.json").unlink()
@@ -65,3 +64,11 @@ def test_what_is_no_cache_is_one_sentence_and_exit_status_2(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "is not a directory" in errors[0] and "no cache.json" in errors[1]
+
+
+def test_a_complete_cache_without_one_of_its_shards_is_damaged(cache, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    (copy / "shards" / "shard-000001-001-4.h5").unlink()
+    assert main([str(copy)]) == 6
+    assert "1 of 8 shards are gone (the first: group 1, lane 1)" in capsys.readouterr().err

@@ -113,6 +113,16 @@ def test_an_accelerate_configuration_is_started_with_the_number_of_processes_giv
     assert said == [[str(rank), "3", "MULTI_CPU", "1"] for rank in range(3)]
 
 
+@pytest.mark.slow
+def test_a_failure_on_several_processes_is_what_the_process_said_with_its_exit_status(checkout: Path) -> None:
+    lines = ["import os, sys, time", "if os.environ['RANK'] == '1':", "    time.sleep(60)"]
+    lines += ["print('sorry', file=sys.stderr)", "sys.exit(5)"]
+    (checkout / "probe.py").write_text("\n".join(lines))
+    answer = run(checkout / "launch" / "start.sh", "probe", "2", "--config", str(checkout / "run.yaml"))
+    assert answer.returncode == 5
+    assert answer.stderr == "starting 2 processes of probe\nsorry\n"
+
+
 def test_set_up_answers_at_once_when_it_was_done_and_notices_a_change(checkout: Path) -> None:
     shutil.copy(ROOT / "setup.cfg", checkout)
     shutil.copy(ROOT / "pyproject.toml", checkout)

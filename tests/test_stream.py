@@ -12,7 +12,7 @@ import pytest
 from accel_distill.config import DatasetConfig
 from accel_distill.deal import Layout
 from accel_distill.errors import CacheMismatch, ConfigError
-from accel_distill.stream import OpenShard, TextHash, TextStream, Walk, hash_texts
+from accel_distill.stream import OpenShard, TextHash, TextStream, Walk, _identity_of, hash_texts
 
 BOTH = pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "not streaming"])
 Committed = dict[tuple[int, int], tuple[int, str]]
@@ -351,3 +351,17 @@ def test_a_stream_that_became_longer_gives_what_is_missing() -> None:
     made, _ = walk_all(texts_of(25), world_size=2, committed=commit(there))
     assert {**there, **made} == expected(texts_of(25))
     assert made[3, 0] == [texts_of(25)[18], texts_of(25)[21]]  # it was short before
+
+
+def test_the_identity_of_a_hub_dataset_names_its_files_and_their_order() -> None:
+    commit = "0123456789" * 4
+    first, second = (f"hf://datasets/org/name@{commit}/data/{n}.parquet" for n in (1, 2))
+    identities = [_identity_of(files, fallback=None) for files in ([first], [second], [first, second], [second, first])]
+    assert all(identity["commit"] == commit for identity in identities)
+    assert len({identity["files_sha256"] for identity in identities}) == 4
+    assert _identity_of([first], fallback=None) == identities[0]
+
+
+def test_a_glob_that_matches_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.data_files: there is no file .*/none-\*.jsonl"):
+        TextStream(DatasetConfig(name="json", data_files=[str(tmp_path / "none-*.jsonl")]))

@@ -200,3 +200,11 @@ def test_a_damaged_weight_file_is_one_sentence(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="teacher.model: .* cannot be loaded"):
         load_teacher(TeacherConfig(model=str(tmp_path)), device=torch.device("cpu"), valid_ids=VOCAB)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_with_random_ones(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ConfigError, match="lacks 9 of its weights, which would be random: model.layers.2"):
+        load_teacher(TeacherConfig(model=str(tmp_path)), device=torch.device("cpu"), valid_ids=VOCAB)

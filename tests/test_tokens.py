@@ -1,11 +1,13 @@
 """How a text becomes the token sequences of a cache, and how two tokenizers are told apart."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from tiny import make_tokenizer, story
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -206,3 +208,16 @@ def test_a_tokenizer_file_that_cannot_be_parsed_is_one_sentence(tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nonsense"}}')
     with pytest.raises(ConfigError, match="no tokenizer can be loaded from"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_the_same_ids_but_other_merges_is_another_one() -> None:
+    mine, other = make_tokenizer(), make_tokenizer()
+    content = json.loads(other.backend_tokenizer.to_str())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>"
+    )
+    assert other.get_vocab() == mine.get_vocab()
+    assert tokenizer_identity(other) != tokenizer_identity(mine)
+    with pytest.raises(CacheMismatch, match="the same ids, but another merges"):
+        check_same_tokenizer(mine, other, name="student")
