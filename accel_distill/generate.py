@@ -280,10 +280,11 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
     sums = manifest["sums"]
     per_position = sums["bytes"] / sums["positions"] if sums["positions"] else 0.0
     end = "the end of the dataset" if manifest["stream_end"] == "exhausted" else "the sample cap"
+    cut = f"{sums['empty']:,} empty, {sums['truncated']:,} cut at max_length"
     return (
         f"complete: {record.path}\n"
-        f"  {manifest['samples']:,} samples (to {end}): {sums['empty']:,} empty, {sums['truncated']:,} cut at max_length"
-        f"\n  {sums['tokens']:,} tokens, {sums['positions']:,} positions with a target\n"
+        f"  {manifest['samples']:,} samples (to {end}): {cut}\n"
+        f"  {sums['tokens']:,} tokens, {sums['positions']:,} positions with a target\n"
         f"  {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a position), "
         f"{seconds:.0f} s"
     )

@@ -21,7 +21,7 @@ import os, sys
 from accelerate import PartialState
 state = PartialState(cpu=True)
 said = [state.process_index, state.num_processes, state.distributed_type.value, os.environ.get("OMP_NUM_THREADS")]
-print("PROBE", *said, *sys.argv[1:], flush=True)
+os.write(1, (" ".join(map(str, ["PROBE", *said, *sys.argv[1:]])) + chr(10)).encode())  # one write: lines stay whole
 """
 
 
@@ -92,6 +92,7 @@ def probe(checkout: Path, processes: int, **environment: str) -> list[list[str]]
     answer = run(checkout / "launch" / "start.sh", *arguments, **environment)
     assert answer.returncode == 0, answer.stderr
     said = [line.split(maxsplit=5)[1:] for line in answer.stdout.splitlines() if line.startswith("PROBE")]
+    assert said, answer.stdout
     assert all(line[-1] == f"--config {checkout / 'run.yaml'} dataset.split=a b" for line in said)
     return sorted(line[:-1] for line in said)
 
