@@ -8,9 +8,12 @@ any tokenizer is believed to, and that is said.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
@@ -61,11 +64,36 @@ def _pretrained(config: "StudentConfig", tokenizer: "PreTrainedTokenizerBase", *
         model_config = AutoConfig.from_pretrained(config.model, **source)
         _check_tokenizer(config, tokenizer)
         _check_fits(model_config, tokenizer, max_length=max_length, where=where)
-        return AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=config.dtype, attn_implementation=config.attn_implementation, **source
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **source,
         )
-    except (ImportError, OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{where} cannot be loaded: {' '.join(str(error).split())}") from error
+    _check_complete(found, where=where)
+    return model
+
+
+def _check_complete(found: dict[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint that lacks weights or has them in other shapes: transformers makes random ones instead."""
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if missing:
+        raise ConfigError(
+            f"{where}: {len(missing):,} weights of the model are not in its files, the first is {missing[0]}; "
+            "take a complete checkpoint of a causal language model"
+        )
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise ConfigError(
+            f"{where}: {len(mismatched):,} weights have another shape than its config.json says, the first is {name}: "
+            f"found {tuple(stored)}, expected {tuple(expected)}; take a checkpoint with its own config.json"
+        )
 
 
 def _from_scratch(
@@ -90,9 +118,12 @@ def _from_scratch(
     filled = {"vocab_size": vocab_size, **ids}
     if hasattr(known, "max_position_embeddings"):
         filled["max_position_embeddings"] = max(max_length, known.max_position_embeddings)
+    own = known.attribute_map  # gpt2 says n_positions: under two names, the common one would win
+    merged = {own.get(name, name): value for values in (filled, sizes) for name, value in values.items()}
     with _impossible_sizes(model_type):
-        model_config = AutoConfig.for_model(model_type, **{**filled, **sizes})
+        model_config = AutoConfig.for_model(model_type, **deepcopy(merged))  # it writes into mappings
     _check_names(sizes, model_config, known=known)
+    _check_kept(sizes, model_config)
     _check_fits(model_config, tokenizer, max_length=max_length, where="student.config")
     set_seed(seed)  # the same student on every process and in every run
     with _impossible_sizes(model_type):
@@ -155,3 +186,22 @@ def _check_names(sizes: dict[str, Any], made: "PretrainedConfig", *, known: "Pre
         if name not in names and hasattr(made, name):
             near = did_you_mean(name, names) or f"see the configuration of {made.model_type} in transformers"
             raise ConfigError(f"student.config.{name}: unknown key; {near}")
+
+
+def _check_kept(sizes: dict[str, Any], made: "PretrainedConfig") -> None:
+    """Refuse a value that the model's configuration replaced; null asks for that, and a dtype is only spelled anew."""
+    for name, value in sizes.items():
+        kept = getattr(made, name, value)  # some are taken in under another name, as rope_theta is
+        if value is not None and not isinstance(kept, torch.dtype) and not _holds(kept, value):
+            raise ConfigError(
+                f"student.config.{name}: found {value!r}, but the {made.model_type} made of it has {kept!r}; "
+                "leave it out, or the key that it contradicts"
+            )
+
+
+def _holds(kept: Any, value: Any) -> bool:
+    """Say whether `kept` is `value`; a mapping may have become a configuration, and have more keys."""
+    if isinstance(value, dict):
+        kept = kept.to_dict() if hasattr(kept, "to_dict") else kept
+        return isinstance(kept, dict) and all(key not in kept or _holds(kept[key], value[key]) for key in value)
+    return bool(list(kept) == value if isinstance(kept, tuple) else kept == value)

@@ -29,6 +29,7 @@ from accel_distill.publish import replace
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
+from accel_distill.training_arguments import sharded_by
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -85,7 +86,7 @@ def _open(config: RunConfig) -> TeacherCache:
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:
     """Raise ConfigError where section `training` asks for DeepSpeed or FSDP and no launcher started this process."""
-    backend = next((name for name in ("deepspeed", "fsdp") if training.get(name)), None)
+    backend = sharded_by(training)
     if backend and "WORLD_SIZE" not in os.environ:
         raise ConfigError(
             f"training.{backend} needs a launcher, also for one process: torchrun --nproc_per_node N -m "

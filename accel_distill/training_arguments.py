@@ -37,6 +37,39 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "group_by_length": ((False,), NO_LENGTHS),  # the same, in early versions of transformers 5
 }
 
+# What `TrainingArguments` takes and training then stumbles over, or quietly does nothing with.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+}
+MORE_THAN = {"eval_steps": 0, "logging_steps": 0, "num_train_epochs": 0, "save_steps": 0}
+
+# The integrations of `report_to`: the package to install, and the modules of which one has to be there.
+INTEGRATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "azure_ml": ("azureml-core", ("azureml",)),
+    "clearml": ("clearml", ("clearml",)),
+    "codecarbon": ("codecarbon", ("codecarbon",)),
+    "comet_ml": ("comet-ml", ("comet_ml",)),
+    "dagshub": ("dagshub", ("dagshub",)),
+    "dvclive": ("dvclive", ("dvclive",)),
+    "flyte": ("flytekit", ("flytekit",)),
+    "kubeflow": ("", ()),  # an address in the environment, no library
+    "mlflow": ("mlflow", ("mlflow",)),
+    "neptune": ("neptune", ("neptune",)),
+    "swanlab": ("swanlab", ("swanlab",)),
+    "tensorboard": ("tensorboard", ("tensorboard", "tensorboardX")),
+    "trackio": ("trackio", ("trackio",)),
+    "wandb": ("wandb", ("wandb",)),
+}
+
 
 def check_training(values: Mapping[str, Any]) -> None:
     """Raise `WrongValue` for a name, type or value that training could not use."""
@@ -55,6 +88,14 @@ def check_training(values: Mapping[str, Any]) -> None:
         if value is not None and value not in allowed:
             written = " or ".join(str(choice).lower() for choice in allowed)
             raise WrongValue(name, f"{mismatch(value, written)}, or no such key: {reason}")
+        _check_bounds(name, value)
+    if "report_to" in values:
+        _check_report_to(values["report_to"])
+
+
+def sharded_by(values: Mapping[str, Any]) -> str | None:
+    """Return which of `deepspeed` and `fsdp` section `training` asks for, if any."""
+    return next((name for name in ("deepspeed", "fsdp") if values.get(name)), None)
 
 
 def _transformers() -> Path:
@@ -96,6 +137,32 @@ def _check_type(name: str, value: Any, *, annotation: ast.expr, enums: Mapping[s
         kinds = [kind for kind in PLAIN_TYPES if kind in members]
         if not any(_is_a(value, PLAIN_TYPES[kind]) for kind in kinds):
             raise WrongValue(name, mismatch(value, " or ".join(WORDS[kind] for kind in kinds)))
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        return
+    if name in AT_LEAST and not value >= AT_LEAST[name]:  # so written, nan is refused
+        raise WrongValue(name, mismatch(value, f"at least {AT_LEAST[name]}"))
+    if name in MORE_THAN and not value > MORE_THAN[name]:
+        raise WrongValue(name, mismatch(value, f"more than {MORE_THAN[name]}"))
+
+
+def _check_report_to(value: Any) -> None:
+    """Refuse an integration that transformers does not know, or whose library is not installed."""
+    wanted = value if isinstance(value, list) else [value]
+    if wanted in (["none"], ["all"]):
+        return
+    for name in wanted:
+        if not isinstance(name, str):
+            raise WrongValue("report_to", mismatch(name, "none, all, or the names of integrations"))
+        if name not in INTEGRATIONS:
+            near = did_you_mean(name, [*INTEGRATIONS, "none", "all"] if len(wanted) == 1 else INTEGRATIONS)
+            expected = f"expected none or all alone, or some of {', '.join(INTEGRATIONS)}"
+            raise WrongValue("report_to", f"found {describe(name)}; {near or expected}")
+        package, modules = INTEGRATIONS[name]
+        if modules and not any(find_spec(module) for module in modules):
+            raise WrongValue("report_to", f"{name} is not installed: pip install {package}, or take report_to=none")
 
 
 def _members(annotation: ast.expr) -> Iterator[str]:

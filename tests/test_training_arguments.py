@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 
+from accel_distill import training_arguments
 from accel_distill.explain import WrongValue
-from accel_distill.training_arguments import ALLOWED, _fields, _members, _transformers, check_training
+from accel_distill.training_arguments import (
+    ALLOWED,
+    AT_LEAST,
+    INTEGRATIONS,
+    MORE_THAN,
+    _fields,
+    _members,
+    _transformers,
+    check_training,
+    sharded_by,
+)
 
 
 def test_the_names_read_from_the_source_are_the_fields_of_the_class() -> None:
@@ -17,6 +28,17 @@ def test_the_names_read_from_the_source_are_the_fields_of_the_class() -> None:
     names = _fields(ast.parse(source), "TrainingArguments")
     assert set(names) == {field.name for field in dataclasses.fields(TrainingArguments)}
     assert len(set(ALLOWED) - set(names)) == 1  # one of two names of the same field
+    assert {*AT_LEAST, *MORE_THAN} <= set(names)
+
+
+def test_the_integrations_are_those_of_transformers() -> None:
+    source = (_transformers() / "integrations" / "integration_utils.py").read_text(encoding="utf-8")
+    tables = [
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK"
+    ]
+    assert [{ast.literal_eval(key) for key in table.keys} for table in tables] == [set(INTEGRATIONS)]
 
 
 @pytest.mark.parametrize(
@@ -40,9 +62,13 @@ def test_an_annotation_is_split_into_its_members(annotation: str, members: list[
         {"learning_rate": 3e-4, "num_train_epochs": 3, "max_steps": -1, "bf16": True, "output_dir": "runs/a"},
         {"lr_scheduler_type": "cosine", "eval_strategy": "no", "optim": "adafactor", "save_strategy": "best"},
         {"report_to": "none", "deepspeed": {"zero_optimization": {"stage": 2}}, "warmup_steps": 0.05},
-        {"report_to": ["wandb"], "deepspeed": "configs/deepspeed/zero2.json", "eval_steps": None},
+        {"report_to": ["none"], "deepspeed": "configs/deepspeed/zero2.json", "eval_steps": None},
         {"remove_unused_columns": False, "average_tokens_across_devices": True, "label_names": ["labels"]},
         {"label_smoothing_factor": 0.0, "label_names": None},
+        {"learning_rate": 0, "weight_decay": 0.0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0},
+        {"num_train_epochs": 0.01, "logging_steps": 0.1, "save_total_limit": None, "report_to": "all"},
+        {"report_to": []},
     ],
 )
 def test_what_training_can_use_passes(values: dict[str, Any]) -> None:
@@ -68,6 +94,27 @@ def test_what_training_can_use_passes(values: dict[str, Any]) -> None:
         ("average_tokens_across_devices", False, "expected true, or no such key: the loss"),
         ("label_names", ["x"], "expected ['labels'], or no such key"),
         ("label_smoothing_factor", 0.1, "expected 0, or no such key"),
+        ("per_device_train_batch_size", 0, "found 0 (whole number), expected at least 1"),
+        ("per_device_eval_batch_size", -1, "expected at least 1"),
+        ("gradient_accumulation_steps", 0, "expected at least 1"),
+        ("save_total_limit", 0, "expected at least 1"),
+        ("learning_rate", -1e-3, "expected at least 0"),
+        ("learning_rate", float("nan"), "expected at least 0"),
+        ("weight_decay", -0.1, "expected at least 0"),
+        ("max_grad_norm", -1, "expected at least 0"),
+        ("warmup_steps", -5, "expected at least 0"),
+        ("dataloader_num_workers", -1, "expected at least 0"),
+        ("seed", -1, "expected at least 0"),
+        ("num_train_epochs", 0, "found 0 (whole number), expected more than 0"),
+        ("logging_steps", 0, "expected more than 0"),
+        ("save_steps", -1, "expected more than 0"),
+        ("eval_steps", 0, "expected more than 0"),
+        ("report_to", "tensorbord", "found 'tensorbord' (text); did you mean 'tensorboard'?"),
+        ("report_to", ["non"], "did you mean 'none'?"),
+        ("report_to", "qqq", "expected none or all alone, or some of azure_ml, clearml"),
+        ("report_to", ["none", "kubeflow"], "expected none or all alone"),
+        ("report_to", [3], "found 3 (whole number), expected none, all, or the names"),
+        ("report_to", None, "found null, expected none, all, or the names"),
     ],
 )
 def test_what_training_cannot_use_is_refused_by_name(name: str, value: Any, words: str) -> None:
@@ -75,3 +122,36 @@ def test_what_training_cannot_use_is_refused_by_name(name: str, value: Any, word
         check_training({"seed": 1, name: value})
     assert caught.value.key == name
     assert words in caught.value.problem
+
+
+@pytest.mark.parametrize("name", sorted(set(INTEGRATIONS) - {"kubeflow"}))
+def test_an_integration_is_refused_just_where_its_library_is_not_installed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, modules = INTEGRATIONS[name]
+    installed = {"transformers"}
+    real = training_arguments.find_spec
+    monkeypatch.setattr(
+        training_arguments, "find_spec", lambda module: real("transformers") if module in installed else None
+    )
+    with pytest.raises(WrongValue) as caught:
+        check_training({"report_to": ["kubeflow", name]})
+    assert caught.value.problem == f"{name} is not installed: pip install {package}, or take report_to=none"
+    installed.add(modules[-1])
+    check_training({"report_to": name})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, None),
+        ({"deepspeed": None, "fsdp": ""}, None),
+        ({"fsdp": [], "fsdp_config": {"version": 2}}, None),
+        ({"deepspeed": "configs/deepspeed/zero2.json"}, "deepspeed"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed"),
+        ({"fsdp": "full_shard auto_wrap"}, "fsdp"),
+        ({"fsdp": True}, "fsdp"),
+    ],
+)
+def test_section_training_tells_who_shards_the_student(values: dict[str, Any], expected: str | None) -> None:
+    assert sharded_by(values) == expected
