@@ -79,8 +79,15 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _open(config: RunConfig) -> TeacherCache:
+    """Open the cache and see that it is this run's, on rank 0: so that what is wrong is said once."""
     cache = TeacherCache(config.cache.path)
     check_settings(config, cache)
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
+        raise DamagedCache(
+            f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
+            "from the teacher again"
+        )
     return cache
 
 
@@ -215,11 +222,6 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
-    if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
-        raise DamagedCache(
-            f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
-            "from the teacher again"
-        )
     model = load_student(
         student, tokenizer, vocab_size=cache.vocab_size, max_length=cache.max_length, seed=arguments.seed
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import RunConfig, resolved_yaml
-from accel_distill.errors import CacheMismatch, ConfigError, RunError
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
 from accel_distill.train import main, split_items, train, training_arguments
@@ -351,3 +352,48 @@ def test_a_real_student_that_is_its_teacher_has_kl_zero_within_sampling_error(
     assert abs(metrics["eval_kl"]) < 4 * error
     assert metrics["eval_top1_agreement"] > 0.9999
     assert metrics["eval_ce"] == pytest.approx(metrics["eval_teacher_ce"], abs=1e-3)
+
+
+def test_a_tokenizer_that_was_changed_in_the_cache_is_damage(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(run / "cache", copy)
+    file = copy / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[100:102]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(content))
+    with pytest.raises(DamagedCache, match="is not the tokenizer that the cache was made with"):
+        train(configured(run, tmp_path / "out", cache={"path": copy}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_length", 16), ("append_eos", False), ("text_column", "story"), ("name", "org/other")]
+)
+def test_text_settings_that_are_not_the_caches_are_refused(run: Path, tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(CacheMismatch, match=f"dataset.{key} is {value}, but the cache .* was made with"):
+        train(configured(run, tmp_path, dataset={"eval_samples": HELD_OUT, key: value}))
+
+
+def test_a_smaller_cap_than_the_caches_is_said_and_not_obeyed(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = train(configured(run, tmp_path, dataset={"max_samples": SAMPLES - 5, "eval_samples": HELD_OUT}))
+    assert f"dataset.max_samples is {SAMPLES - 5}, but training uses the whole cache: {SAMPLES} samples" in caplog.text
+    assert metrics["train_samples"] + HELD_OUT > SAMPLES - 5
+
+
+def test_resume_true_goes_on_from_the_last_checkpoint_and_leaving_it_out_is_said(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = {**configured(run, tmp_path / "out").training, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(ConfigError, match="resume_from_checkpoint is true, but .* holds no checkpoint"):
+        train(configured(run, tmp_path / "out", training=training | {"resume_from_checkpoint": True}))
+    train(configured(run, tmp_path / "out", training=training))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    train(configured(run, tmp_path / "out", training=training | {"resume_from_checkpoint": True, "max_steps": 3}))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert log["global_step"] == 3 and [line["step"] for line in log["log_history"] if "loss" in line] == [1, 2, 3]
+    assert "training starts anew" not in caplog.text
+    train(configured(run, tmp_path / "out", training=training | {"max_steps": 1}))
+    assert "training starts anew; to go on: training.resume_from_checkpoint=true" in caplog.text
