@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from accel_distill.cache import CachedSample
 from accel_distill.codec import Method
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.processes import leave_processes
 from accel_distill.targets import concatenate, no_targets, read_logits, sample
 from accel_distill.trainer import DistillationTrainer
 
@@ -165,3 +166,4 @@ def main(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_processes()
