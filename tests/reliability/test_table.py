@@ -12,7 +12,7 @@ ROWS = [line for line in TABLE.splitlines() if line.startswith("|") and not re.m
 TEST_NAME = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of(path: Path) -> set[str]:
     """Return the names of the test functions of a file."""
     functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
     return {function.name for function in functions if function.name.startswith("test_")}
@@ -26,7 +26,7 @@ def test_a_row_has_a_fault_a_promise_and_tests_that_exist(row: str) -> None:
     tests = TEST_NAME.findall(named)
     assert tests, "a fault without a test has no row"
     for file, test in tests:
-        assert test in tests_in(TESTS / file), f"tests/{file} has no {test}"
+        assert test in names_of(TESTS / file), f"tests/{file} has no {test}"
 
 
 def test_every_file_of_this_directory_is_named() -> None:
