@@ -14,9 +14,10 @@ from accel_distill.codec import STAT_STEPS, encode, invert, narrow, offsets
 from accel_distill.errors import ConfigError
 from accel_distill.manifest import Record
 from accel_distill.shard import shard_bytes
-from accel_distill.stream import OpenShard, hash_texts
+from accel_distill.stream import OpenShard
 from accel_distill.targets import SparseTargets, concatenate, no_targets
 from accel_distill.teacher import Sampling, Teacher
+from accel_distill.text_hash import hash_texts
 from accel_distill.tokens import SequenceRule, TokenSequence
 
 if TYPE_CHECKING:
