@@ -88,7 +88,9 @@ class Ranks:
             self._has_failed = True
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; remove it where nobody looks at it."""
+        if not self._seen:
+            self.leave()
         os.close(self._file)
 
     def _path(self, rank: int) -> Path:

@@ -51,12 +51,6 @@ class TextStream:
         """What identifies the text: no absolute path, but for local files their content, which takes reading them."""
         return _identity_of(self._files, fallback=self._fallback)
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether `source` pins the content: a commit, or the hash of each file; and not a name or a fingerprint."""
-        files = self.source.get("files")
-        return "commit" in self.source or (isinstance(files, list) and all(isinstance(file, list) for file in files))
-
     def __iter__(self) -> Iterator[Text]:
         """Yield the text of each sample; None where it has none."""
         return self.read()
@@ -83,6 +77,12 @@ class TextStream:
     def _state(self) -> Any:
         """Return where the reading is, as the datasets library says it."""
         return self._dataset.state_dict() if self._config.streaming else None
+
+
+def is_pinned(source: Mapping[str, Any]) -> bool:
+    """Whether a `source` pins the content: a commit, or the hash of each file; and not a name or a fingerprint."""
+    files = source.get("files")
+    return "commit" in source or (isinstance(files, list) and all(isinstance(file, list) for file in files))
 
 
 @dataclass(frozen=True)

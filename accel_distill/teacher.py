@@ -206,6 +206,6 @@ def _not_finite(is_finite: Tensor, samples: Tensor, positions: Tensor) -> NotFin
     first = int(bad[0])
     return NotFinite(
         f"the teacher's logits are not finite at position {int(positions[first])} of sample {int(samples[first])} "
-        f"(and {len(bad) - 1} more of that chunk); try another teacher.dtype (bfloat16 or float32 for float16), or leave "
-        "such positions out with teacher.on_nonfinite=skip"
+        f"(and {len(bad) - 1} more of that chunk); try another teacher.dtype (bfloat16 or float32 for float16), or "
+        "leave such positions out with teacher.on_nonfinite=skip"
     )
