@@ -82,7 +82,7 @@ class ShardMaker:
                 sums[:, i] = output.entropy[start:stop].sum(), output.logprob[start:stop].sum()
                 if not part.all():
                     left_out[i] = np.flatnonzero(~part)
-        return ShardContent(shard, rows, truncated, concatenate(parts), *sums, left_out=left_out)
+        return ShardContent(shard, rows, truncated, concatenate(parts), sums[0], sums[1], left_out)
 
     def _run_teacher(
         self, shard: OpenShard, rows: list[TokenSequence], *, report: Callable[[int], None] | None
