@@ -6,6 +6,8 @@ statuses are the real ones. Only what rank 0 tells the others goes through a fil
 """
 
 import contextlib
+import ctypes
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -66,6 +68,82 @@ class Count(Faults):
         publish.os = CountedOs(path=self.path)  # type: ignore[assignment]
 
 
+class Slow(Faults):
+    """Compute each shard only after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def apply(self) -> None:
+        from accel_distill import generate as command
+
+        compute = command.ShardMaker.compute
+
+        def slowly(*arguments: Any, **named: Any) -> Any:
+            time.sleep(self.seconds)
+            return compute(*arguments, **named)
+
+        command.ShardMaker.compute = slowly  # type: ignore[method-assign]
+
+
+class Stuck(Faults):
+    """Wait for ever in C in the main thread, where no signal reaches Python; as in a collective."""
+
+    def apply(self) -> None:
+        from accel_distill import generate as command
+        from accel_distill import stopping
+
+        def stuck(*_: Any, **__: Any) -> None:
+            mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            library.pthread_mutex_lock(mutex)
+            library.pthread_mutex_lock(mutex)
+
+        command.ShardMaker.compute = stuck  # type: ignore[assignment, method-assign]
+        stopping.GRACE = 0.5
+
+
+class SlowDisk(Faults):
+    """Write for ever, in the thread that publishes."""
+
+    def apply(self) -> None:
+        from accel_distill import generate as command
+
+        def publish(*_: Any, **__: Any) -> bool:
+            time.sleep(PATIENCE)
+            return True
+
+        command.publish = publish
+
+
+class Fails(Faults):
+    """Fail to publish with an error number, from the n-th shard on."""
+
+    def __init__(self, code: int, *, after: int = 0) -> None:
+        self.code, self.after = code, after
+
+    def apply(self) -> None:
+        from accel_distill import publish
+
+        calls = itertools.count()
+
+        def link(*arguments: Any) -> None:
+            if "shard-" in str(arguments[1]) and next(calls) >= self.after:
+                raise OSError(self.code, os.strerror(self.code))
+            os.link(*arguments)
+
+        publish.os = Changed(link=link)  # type: ignore[assignment]
+
+
+class Changed:
+    """The module `os` with some functions of its own."""
+
+    def __init__(self, **functions: Any) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        return self._functions.get(name) or getattr(os, name)
+
+
 STEPS = ("open", "write", "fsync", "fstat", "close", "link", "rename", "replace", "unlink")
 
 
@@ -108,18 +186,21 @@ def run_rank(run_file: str, rank: int, world_size: int, handover: str, faults: F
     from accel_distill import generate as command
     from accel_distill.processes import World
 
+    path = Path(handover)
+
+    def hand_over(made: Any) -> None:
+        path.with_suffix(".new").write_bytes(pickle.dumps(made))
+        os.replace(path.with_suffix(".new"), path)
+
     class FileWorld(World):
         def from_main(self, make: Any) -> Any:
-            path = Path(handover)
             if self.is_main:
                 try:
                     made = make()
                 except RunError as error:
-                    made = error
+                    hand_over(error)
                     raise
-                finally:
-                    path.with_suffix(".new").write_bytes(pickle.dumps(made))
-                    os.replace(path.with_suffix(".new"), path)
+                hand_over(made)
                 return made
             end = time.monotonic() + PATIENCE
             while not path.exists() and time.monotonic() < end:

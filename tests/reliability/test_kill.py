@@ -75,12 +75,12 @@ def test_a_kill_at_every_step_of_a_run_changes_nothing(
 
 def kill_at_random(place: Place, directory: Path, choice: random.Random, *, kills: int) -> None:
     """Kill runs on random numbers of ranks at random times, until `kills` have hit."""
-    hits = finished = at_work = 0
+    hits = finished = at_work = shards = 0
     run_file = place.run_file(directory / "0")
     while hits < kills:
         cache, world_size = run_file.parent / "cache", choice.choice(WORLD_SIZES)
         with running(Run(run_file, world_size)) as run:
-            wait_for(cache / "shards", choice.randrange(SHARDS + 1), run=run)
+            wait_for(cache / "shards", shards + choice.randrange(8), run=run)
             time.sleep(choice.uniform(0.0, 0.05))
             alive = run.kill()
         hits += alive > 0
@@ -88,7 +88,7 @@ def kill_at_random(place: Place, directory: Path, choice: random.Random, *, kill
         at_work += alive > 0 and 0 < shards < SHARDS
         if not alive:
             assert kept(cache) == place.whole
-            finished += 1
+            finished, shards = finished + 1, 0
             run_file = place.run_file(directory / str(finished))
     last = Run(run_file, choice.choice(WORLD_SIZES))
     assert set(last.wait()) == {0}
