@@ -21,7 +21,7 @@ import numpy as np
 
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
-from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
 from accel_distill.publish import publish, replace, sync_directory
 from accel_distill.rows import row_columns
 from accel_distill.shard import HEADER_BYTES, ShardHeader, header_sha256, read_header
@@ -153,7 +153,7 @@ def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
     Raises DamagedCache for a broken header, CacheMismatch for a shard of another cache.
     """
     found: dict[tuple[int, int], ShardHeader] = {}
-    for name in sorted(_names(record.path)):
+    for name in sorted(os.listdir(record.path / "shards")):
         place = parse_shard_name(name)
         if place is None:
             continue
@@ -166,18 +166,8 @@ def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
 
 def listed_shards(path: Path) -> set[tuple[int, int, int]]:
     """Return (group, lane, samples) of every shard's name in a cache, without opening one."""
-    names = (parse_shard_name(name) for name in _names(path))
+    names = (parse_shard_name(name) for name in os.listdir(path / "shards"))
     return {name for name in names if name is not None}
-
-
-def _names(path: Path) -> list[str]:
-    """Return what `shards/` lists."""
-    try:
-        return os.listdir(path / "shards")
-    except OSError as error:
-        raise RunError(
-            f"cache {path}: its shards cannot be listed ({error.strerror}); was the directory removed? Run generate again"
-        ) from error
 
 
 def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
