@@ -40,6 +40,7 @@ FLOORS = {
     "config": 4,
     "stream": 5,
     "tokens": 5,
+    "shuffle": 5,
     "student": 6,
     "teacher": 6,
     "collator": 7,

@@ -133,12 +133,17 @@ def test_it_opens_no_shard_until_an_item_is_asked_for(copied: Path) -> None:
         cache[0]
 
 
-def test_it_keeps_a_few_shards_open_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+@pytest.mark.parametrize("least_open", [True, False])
+def test_it_keeps_a_few_shards_open_and_no_more(least_open: bool, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if least_open:
+        monkeypatch.setattr(cache_module, "OPEN_POSITIONS", 1)
+    else:
+        monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
     cache = TeacherCache(made)
     for item in [0, 12, 5, 1, 7, 0, 3, 12]:
         assert cache[item].sample_index == item
         assert len(cache._open) <= 2
+    assert len(cache._open) == 2
 
 
 def test_it_pickles_also_with_shards_open_and_works_in_worker_processes(made: Path) -> None:
