@@ -38,6 +38,7 @@ FLOORS = {
     "training_arguments": 3,
     "cache": 4,
     "config": 4,
+    "histograms": 4,
     "stream": 5,
     "tokens": 5,
     "shuffle": 5,
