@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from accel_distill.targets import SparseTargets
 
-OPEN_SHARDS = 8
+OPEN_POSITIONS = 4_000_000  # of the shards that stay open, decoded: about 50 bytes each, so 200 MB a process
+LEAST_OPEN, MOST_OPEN = 2, 64  # shards, however large or small
 BLOCK_TOKENS = 16_384  # decoded at once: fewer make the array operations small, more make a single sample slow
 
 
@@ -132,6 +133,16 @@ class TeacherCache:
         return np.concatenate(parts)[self._order]
 
     @property
+    def shard_of_item(self) -> np.ndarray:
+        """(len,) int64: the number of the shard that each item is in."""
+        return self._places[:, 0]
+
+    @cached_property
+    def shard_positions(self) -> np.ndarray:
+        """(shards,) int64: how many positions with a target each shard holds."""
+        return np.array([shard["positions"] for shard in self._shards], np.int64)
+
+    @property
     def _places(self) -> np.ndarray:
         """(len, 2): shard and row of each item."""
         return self._indices_and_places[1]
@@ -166,9 +177,15 @@ class TeacherCache:
         shard = self._shards[number]
         path = self._record.shard_path(shard["group"], shard["lane"], shard["samples"])
         opened = self._open[number] = _Shard(path, self._record, expected=shard)
-        if len(self._open) > OPEN_SHARDS:
+        while self._too_many_open():
             self._open.popitem(last=False)[1].close()
         return opened
+
+    def _too_many_open(self) -> bool:
+        count = len(self._open)
+        return count > MOST_OPEN or (
+            count > LEAST_OPEN and self.shard_positions[list(self._open)].sum() > OPEN_POSITIONS
+        )
 
 
 class _Shard:

@@ -14,11 +14,12 @@ import numpy as np
 
 LARGEST = (1 << 28) - 1  # 24 bits beside the symbol: with a start inside a byte they lie in four bytes
 
-_SYMBOLS = np.arange(256)
-WIDTH = np.maximum(_SYMBOLS // 8 - 1, 0).astype(np.uint8)  # bits behind each symbol
-_KNOWN = WIDTH <= 24
-_BASE = np.where(_KNOWN, (_SYMBOLS - 8 * WIDTH.astype(np.int64)) << np.where(_KNOWN, WIDTH, 0), 0).astype(np.uint32)
-_MASK = ((1 << np.where(_KNOWN, WIDTH, 0).astype(np.int64)) - 1).astype(np.uint32)
+LAST_SYMBOL = 8 * 24 + 15
+
+_symbols = np.arange(LAST_SYMBOL + 1)
+WIDTH = np.maximum(_symbols // 8 - 1, 0).astype(np.uint8)  # bits behind each symbol
+_BASE = ((_symbols - 8 * WIDTH) << WIDTH).astype(np.uint32)
+_MASK = ((1 << WIDTH.astype(np.int64)) - 1).astype(np.uint32)
 
 
 class Bits(NamedTuple):
@@ -45,7 +46,7 @@ def pack(values: np.ndarray, *, name: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 def unpack(symbols: np.ndarray, bits: Bits, *, name: str) -> np.ndarray:
     """Return the values (n,) int64 of `symbols` (n,) uint8 and their bits; ValueError where the two do not fit."""
-    if not _KNOWN[symbols].all():
+    if len(symbols) and symbols.max() > LAST_SYMBOL:
         raise ValueError(f"column {name}: symbol {int(symbols.max())} stands for no value")
     width = WIDTH[symbols]
     ends = np.cumsum(width, dtype=np.int64)
