@@ -22,6 +22,7 @@ FLOORS = {
     "lm_head": 0,
     "losses": 0,
     "progress": 0,
+    "regular_file": 0,
     "uniforms": 0,
     "command_line": 1,
     "demo_corpus": 1,
