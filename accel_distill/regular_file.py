@@ -1,7 +1,7 @@
 """Opening a file that may be anything, and reading a JSON object that may hold anything.
 
-The one decision: what is opened is a regular file and no link, read up to a limit. Opening a FIFO would hang, a link could
-lead anywhere, and a small file nested deep or grown huge would cost the memory of a large one.
+The one decision: what is opened is a regular file and no link, read up to a limit. Opening a FIFO would hang, a link
+could lead anywhere, and a file that is nested deep or has grown huge would cost the memory of a large one.
 """
 
 import errno

@@ -80,8 +80,8 @@ def shard_bytes(fields_: Mapping[str, object], columns: Mapping[str, np.ndarray]
 def _refuse_bomb(inflated: int, stored: int) -> None:
     if inflated > most_inflated(stored):
         raise RunError(
-            f"a shard's {inflated:,} bytes of columns compress to {stored:,}, which readers take for a bomb: the texts are "
-            "all alike; lower cache.samples_per_shard"
+            f"a shard's {inflated:,} bytes of columns compress to {stored:,}, which readers take for a bomb: the "
+            "texts are all alike; lower cache.samples_per_shard"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from accel_distill.codec import Method, rank_tokens, tail_counts, weight_scale
 from accel_distill.manifest import Record, create, make_directories, write_manifest, write_plan
 from accel_distill.pipeline import ShardContent, ShardMaker
+from accel_distill.shard import FORMAT
 from accel_distill.stream import OpenShard
 from accel_distill.targets import SparseTargets, concatenate, no_targets
 from accel_distill.tokens import TokenSequence
@@ -40,6 +41,7 @@ def make_record(path: Path, **changes: Any) -> Record:
     layout = {key: settings[key] for key in ("lanes", "samples_per_shard")}
     parameter = PARAMETERS[method]
     identity = {
+        "format": FORMAT,
         "teacher": {"vocab_size": vocab},
         "tokenizer": {"size": vocab - 1},
         "sequence": {"max_length": 128},

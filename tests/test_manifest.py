@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 BROKEN_RECORDS: dict[str, tuple[str, bytes | None, str]] = {
     "no JSON": ("cache.json", b"{", "cache.json: it is not JSON"),
     "a list": ("cache.json", b"[]", "cache.json: it holds list, expected an object"),
-    "no identity": ("cache.json", b"{}", "cache.json: 'identity' is missing"),
+    "no identity": ("cache.json", b"{}", "cache.json: its 'identity' is missing"),
     "no text": ("cache.json", b"\xff\xfe\xff", "cache.json: it is not JSON"),
     "identity of another kind": ("cache.json", b'{"identity": 3}', "cache.json"),
     "no ranks": ("ranks.bin", None, "ranks.bin is missing"),
