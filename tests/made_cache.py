@@ -33,8 +33,9 @@ class Row:
 
 
 def make_record(path: Path, **changes: Any) -> Record:
-    """Begin a cache; `changes` are vocab, method, lanes, samples_per_shard."""
+    """Begin a cache; `changes` are vocab, method, lanes, samples_per_shard, long_documents."""
     settings: dict[str, Any] = {"vocab": 50, "method": "threshold", "lanes": 1, "samples_per_shard": 4} | changes
+    settings = {"long_documents": "truncate"} | settings
     vocab, method = settings["vocab"], settings["method"]
     counts = np.random.default_rng(7).integers(0, 100, vocab)
     ids_by_rank = rank_tokens(counts)
@@ -43,8 +44,8 @@ def make_record(path: Path, **changes: Any) -> Record:
     identity = {
         "format": FORMAT,
         "teacher": {"vocab_size": vocab},
-        "tokenizer": {"size": vocab - 1},
-        "sequence": {"max_length": 128},
+        "tokenizer": {"size": vocab},
+        "sequence": {"max_length": settings.get("max_length", 128), "long_documents": settings["long_documents"]},
         "targets": {"method": method, "parameter": parameter, "temperature": 1.5},
         "layout": {**layout, "ranks_sha256": hashlib.sha256(ids_by_rank.tobytes()).hexdigest()},
     }
@@ -61,6 +62,8 @@ def made_targets(positions: int, *, method: Method, vocab: int, seed: int) -> Sp
     tails = np.zeros(positions, np.int64)
     if method == "threshold":
         tails = tail_counts(parameter)[scale - values]
+    if method == "top_k":  # probabilities from 0.3 down: three of them sum to less than 1
+        values = np.sort(rng.integers(2500, 60_000, (positions, 3))).flatten()
     if method == "random":
         values, tails = np.full(positions, scale - 2), np.full(positions, 2)
     distinct = [rng.permutation(vocab)[: head + tail] for head, tail in zip(count, tails, strict=True)]
@@ -84,7 +87,7 @@ def make_rows(lengths: Sequence[Sequence[int]], *, method: Method = "threshold",
             seed = len(rows)
             targets = made_targets(max(length - 1, 0), method=method, vocab=vocab, seed=seed)
             ids = rng.integers(0, vocab, length)
-            rows.append(Row(index, ids, targets, seed + 0.25, -seed - 0.5))
+            rows.append(Row(index, ids, targets, len(targets) * 0.25, len(targets) * -0.5))
     return rows
 
 

@@ -35,6 +35,8 @@ FLOORS = {
     "explain": 2,
     "record_checks": 2,
     "manifest": 3,
+    "rows": 2,
+    "shard_checks": 4,
     "training_arguments": 3,
     "cache": 4,
     "config": 4,
@@ -49,6 +51,7 @@ FLOORS = {
     "generate": 9,
     "inspect_cache": 9,
     "train": 9,
+    "verify": 9,
     "demo": 10,
     "cli": 11,
     "__init__": 11,
@@ -117,6 +120,7 @@ def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
         ("import accel_distill.cli", "torch numpy yaml pydantic transformers"),
         ("import accel_distill.config", "torch numpy transformers accelerate datasets"),
         ("import accel_distill.inspect_cache", "torch transformers accelerate datasets"),
+        ("import accel_distill.verify", "torch transformers accelerate datasets pydantic"),
     ],
 )
 def test_a_light_module_imports_nothing_heavy(statement: str, absent: str, tmp_path: Path) -> None:

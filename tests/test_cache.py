@@ -118,7 +118,7 @@ def test_an_item_beyond_the_end_is_an_index_error_and_a_negative_one_counts_from
 def test_it_says_what_it_is(made: Path) -> None:
     cache, record = TeacherCache(made), read_record(made)
     assert (cache.method, cache.parameter, cache.temperature) == ("threshold", 0.05, 1.5)
-    assert (cache.vocab_size, cache.tokenizer_size, cache.max_length) == (50, 49, 128)
+    assert (cache.vocab_size, cache.tokenizer_size, cache.max_length) == (50, 50, 128)
     assert (cache.path, cache.tokenizer_path) == (made, made / "tokenizer")
     assert (cache.identity, cache.cache_id) == (record.identity, record.cache_id)
 
