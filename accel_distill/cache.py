@@ -15,7 +15,9 @@ import numpy as np
 from accel_distill.codec import STAT_STEPS, Method, decode
 from accel_distill.errors import CacheMismatch, DamagedCache
 from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
+from accel_distill.rows import COUNTED_BY, Rows
 from accel_distill.shard import ShardFile
+from accel_distill.shard_checks import check_dealing, check_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,11 +183,20 @@ class _Rows:
             key = next(key for key in found if found[key] != expected[key])
             raise self._damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
         self.sample_indices = self._exactly(header.sequences, "sample_index")
+        try:
+            check_dealing(record, header, self.sample_indices)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
         self._tokens = self._offsets("token_offsets", header.tokens)
         self._positions = self._offsets("target_offsets", header.positions)
         self._heads = self._offsets("head_offsets", self._file.length("head_ids"))
         tails = self._file.length("tail_ids") if "tail_ids" in record.dtypes else 0
         self._tails = self._offsets("tail_offsets", tails)
+        counted = {"tokens": header.tokens, "positions": header.positions}
+        counted |= {"heads": self._file.length("head_ids"), "tails": tails}
+        for name in record.dtypes.keys() & COUNTED_BY.keys():
+            self._expect(name, counted[COUNTED_BY[name]])
+        self._expect("input_ids", header.tokens)
         packed = self._exactly(-(-header.tokens // 8), "target_mask")
         self._mask = np.unpackbits(packed, bitorder="little", count=header.tokens).astype(bool)
         self._stats = {name: self._exactly(header.sequences, name) / STAT_STEPS for name in ("entropy", "logprob")}
@@ -209,6 +220,17 @@ class _Rows:
         try:
             arrays = decode(columns, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
             ids = record.ids_by_rank[self._file.read("input_ids", tokens.start, tokens.stop)].astype(np.int64)
+            rows = Rows(
+                self.sample_indices[row : row + 1],
+                np.array([0, len(ids)]),
+                np.array([0, len(arrays["head_count"])]),
+                ids,
+                self._mask[tokens],
+                arrays,
+                self._stats["entropy"][row : row + 1],
+                self._stats["logprob"][row : row + 1],
+            )
+            check_rows(record, rows, every_position=not self._file.header.nonfinite, distinct=False)
         except (ValueError, IndexError) as error:
             raise self._damaged(f"row {row}: {error}") from error
         return CachedSample(
@@ -232,9 +254,12 @@ class _Rows:
 
     def _exactly(self, length: int, name: str) -> np.ndarray:
         """Read a whole column, which must have `length` elements."""
+        self._expect(name, length)
+        return self._file.read(name)
+
+    def _expect(self, name: str, length: int) -> None:
         if self._file.length(name) != length:
             raise self._damaged(f"column {name} has {self._file.length(name)} elements, expected {length}")
-        return self._file.read(name)
 
     def _damaged(self, what: str) -> DamagedCache:
         return DamagedCache(f"shard {self._file.path}: {what}; delete this file and run generate again")

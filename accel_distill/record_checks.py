@@ -39,7 +39,18 @@ IS_SHA256: Check = (
     lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
 )
 IS_NUMBER: Check = ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+IS_TEXT: Check = ("text", lambda value: isinstance(value, str))
+IS_FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
 IDENTITY: dict[str, Check] = {
+    "teacher.dtype": IS_TEXT,
+    "dataset.name": IS_TEXT,
+    "dataset.config_name": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "dataset.split": IS_TEXT,
+    "dataset.text_column": IS_TEXT,
+    "sequence.long_documents": ("truncate or split", lambda value: value in ("truncate", "split")),
+    "sequence.add_special_tokens": IS_FLAG,
+    "sequence.append_eos": IS_FLAG,
+    "targets.seed": whole(0, 2**63 - 1),
     "teacher.vocab_size": whole(1, 2**28),
     "tokenizer.size": whole(1, 2**28),
     "sequence.max_length": whole(1, 2**31),

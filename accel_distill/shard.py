@@ -33,6 +33,7 @@ HEADER_BYTES = 4096
 HASHED_BYTES = HEADER_BYTES - 32
 CHUNK = 4096  # elements; a random sample of 512 positions decodes in 1.3 ms with 16 Ki and faster with 4 Ki
 GZIP_LEVEL = 6
+LARGEST_IMAGE = 1 << 34  # bytes: whoever opens a shard reads all of it once
 LEAST_CHUNK_BYTES = 8  # of a zlib stream: a column that claims more chunks than the file has room for is not counted
 # A shard's columns are this many bytes at most for its size: zlib makes a thousand zeros one byte, and a bomb of them.
 MOST_INFLATED = 64
@@ -71,13 +72,15 @@ def shard_bytes(fields_: Mapping[str, object], columns: Mapping[str, np.ndarray]
     Raises RunError where the columns compress so well that a reader takes the file for a bomb.
     """
     image = _image(columns)
-    _refuse_bomb(sum(values.nbytes for values in columns.values()), len(image))
+    _refuse_unreadable(sum(values.nbytes for values in columns.values()), len(image))
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
     header = ShardHeader(**{"format": FORMAT, **fields_, **payload})  # type: ignore[arg-type]
     return _front(header) + image
 
 
-def _refuse_bomb(inflated: int, stored: int) -> None:
+def _refuse_unreadable(inflated: int, stored: int) -> None:
+    if stored > LARGEST_IMAGE:
+        raise RunError(f"a shard takes {stored:,} bytes, more than {LARGEST_IMAGE:,}; lower cache.samples_per_shard")
     if inflated > most_inflated(stored):
         raise RunError(
             f"a shard's {inflated:,} bytes of columns compress to {stored:,}, which readers take for a bomb: the "
@@ -256,6 +259,8 @@ def _checked_header(path: Path, front: bytes, size: int) -> ShardHeader:
         parse_json_object(known["numerics"].encode() or b"{}")
     except ValueError as error:
         raise _damaged(path, f"its header's numerics: {error}") from error
+    if header["payload_bytes"] > LARGEST_IMAGE:
+        raise _damaged(path, f"its header says {header['payload_bytes']:,} bytes, more than {LARGEST_IMAGE:,}")
     if size != HEADER_BYTES + header["payload_bytes"]:
         expected = HEADER_BYTES + header["payload_bytes"]
         raise _damaged(path, f"it has {size} bytes, and its header says {expected}")

@@ -32,15 +32,17 @@ def check_shard(
     header = checked_header(record, path, place)
     if expected is not None and (found := manifest_entry(path.name, header)) != expected:
         key = next(key for key in found if found[key] != expected[key])
-        raise DamagedCache(f"shard {path}: its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
+        raise DamagedCache(
+            f"shard {path}: its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}; delete this file "
+            "and run generate again"
+        )
     reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
     try:
-        _check_dealing(record, reader)
-        _check_counts(record, reader)
+        _check_whole(record, reader)
         for first, last in row_ranges(reader) if deep else ():
             rows = reader.read(first, last)
             try:
-                check_rows(record, rows, every_position=not header.nonfinite)
+                check_rows(record, rows, every_position=not header.nonfinite, distinct=True)
             except ValueError as error:
                 raise reader.damaged(f"rows {first} to {last - 1}: {error}") from error
         return header, reader.totals()
@@ -61,10 +63,11 @@ def row_ranges(reader: RowReader) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def check_rows(record: Record, rows: Rows, *, every_position: bool) -> None:
+def check_rows(record: Record, rows: Rows, *, every_position: bool, distinct: bool) -> None:
     """Raise ValueError, naming the column, where rows say what a teacher cannot have said.
 
     `every_position`: each token but a row's last carries a target, as it does where no logit was not finite.
+    `distinct`: see also that no position names an id twice, which takes longer than all the rest.
     """
     lengths, positions = np.diff(rows.tokens), np.diff(rows.positions)
     ids_there_are = min(record.vocab_size, record.identity["tokenizer"]["size"])
@@ -75,7 +78,8 @@ def check_rows(record: Record, rows: Rows, *, every_position: bool) -> None:
     _check_mask(rows, lengths, positions, every_position=every_position)
     for name in ("head_ids", "tail_ids"):
         _check_ids(rows.targets[name], name, below=ids_there_are)
-    _check_distinct(rows.targets, ids=record.vocab_size)
+    if distinct:
+        _check_distinct(rows.targets, ids=record.vocab_size)
     _CHECKS[record.method](rows.targets, record.parameter, ids_there_are)
     largest = positions * (np.log(ids_there_are) + TOLERANCE) + TOLERANCE * 10
     if ((rows.entropy < 0) | (rows.entropy > largest)).any():
@@ -84,35 +88,36 @@ def check_rows(record: Record, rows: Rows, *, every_position: bool) -> None:
         raise ValueError("column logprob holds what no probability has: above 0, or of a row without targets")
 
 
-def _check_dealing(record: Record, reader: RowReader) -> None:
-    """Check that the shard holds the samples that are dealt to it, each once, or in pieces one after the other."""
-    header, layout = reader.header, record.layout
+def check_dealing(record: Record, header: ShardHeader, sample_index: np.ndarray) -> None:
+    """Raise ValueError where a shard has not the samples that are dealt to it, each once, or in pieces, in order."""
+    layout, split = record.layout, record.identity["sequence"]["long_documents"] == "split"
     if header.lane >= layout.lanes or not 1 <= header.samples <= layout.samples_per_shard:
-        raise reader.damaged(f"it says lane {header.lane} and {header.samples} samples, and the layout is {layout}")
+        raise ValueError(f"it says lane {header.lane} and {header.samples} samples, and the layout is {layout}")
     first = layout.first_sample(header.group, header.lane)
     if header.first_sample != first:
-        raise reader.damaged(f"its first_sample is {header.first_sample}, expected {first}")
-    dealt = first + layout.lanes * np.arange(header.samples)
-    found, split = reader.sample_index, record.identity["sequence"].get("long_documents") == "split"
-    if not split and len(found) != header.samples:
-        raise reader.damaged(f"it has {len(found)} rows for {header.samples} samples, and none is split")
-    is_new = np.diff(found, prepend=found[:1] - 1) != 0
-    if not np.array_equal(found[is_new], dealt):
-        raise reader.damaged("column sample_index does not hold the samples that are dealt to it, in order")
+        raise ValueError(f"its first_sample is {header.first_sample}, expected {first}")
+    if not split and len(sample_index) != header.samples:
+        raise ValueError(f"it has {len(sample_index)} rows for {header.samples} samples, and none is split")
+    is_new = np.diff(sample_index, prepend=sample_index[:1] - 1) != 0
+    if not np.array_equal(sample_index[is_new], first + layout.lanes * np.arange(header.samples)):
+        raise ValueError("column sample_index does not hold the samples that are dealt to it, in order")
 
 
-def _check_counts(record: Record, reader: RowReader) -> None:
+def _check_whole(record: Record, reader: RowReader) -> None:
+    """Check what can be known of a shard without decoding its rows."""
     header, positions = reader.header, reader.row_positions
-    longest = record.identity["sequence"]["max_length"] - 1
-    if positions.max(initial=0) > longest:
-        raise reader.damaged(f"a row has {positions.max()} positions, and max_length allows {longest}")
-    untargeted = int((positions == 0).sum())
-    if header.untargeted != untargeted:
-        raise reader.damaged(f"its header says {header.untargeted} rows without target, and it has {untargeted}")
-    for name in ("empty", "truncated"):
-        most = untargeted if name == "empty" else header.samples
-        if (found := getattr(header, name)) > most:
-            raise reader.damaged(f"its header says {found} {name} samples, and at most {most} can be")
+    longest, untargeted = record.identity["sequence"]["max_length"] - 1, int((positions == 0).sum())
+    try:
+        check_dealing(record, header, reader.sample_index)
+        if positions.max(initial=0) > longest:
+            raise ValueError(f"a row has {positions.max()} positions, and max_length allows {longest}")
+        if header.untargeted != untargeted:
+            raise ValueError(f"its header says {header.untargeted} rows without target, and it has {untargeted}")
+        for name, most in (("empty", untargeted), ("truncated", header.samples)):
+            if (found := getattr(header, name)) > most:
+                raise ValueError(f"its header says {found} {name} samples, and at most {most} can be")
+    except ValueError as error:
+        raise reader.damaged(str(error)) from error
 
 
 def _check_ids(ids: np.ndarray, name: str, *, below: int) -> None:
@@ -151,7 +156,7 @@ def _check_threshold(targets: Arrays, parameter: float, ids: int) -> None:
 def _check_top_k(targets: Arrays, parameter: float, ids: int) -> None:
     if (targets["head_count"] != min(int(parameter), ids)).any():
         raise ValueError(f"column head_count: not {min(int(parameter), ids)} ids at each position")
-    values = targets["head_values"].reshape(len(targets["head_count"]), -1)
+    values = targets["head_values"].reshape(len(targets["head_count"]), min(int(parameter), ids))
     if (np.diff(values, axis=1) < 0).any():
         raise ValueError("column head_values: probabilities that ascend, and the largest comes first")
     if (np.exp(values / -LOGPROB_STEPS).sum(axis=1) > 1 + TOLERANCE).any():
@@ -163,8 +168,8 @@ def _check_random(targets: Arrays, parameter: float, ids: int) -> None:
         raise ValueError("column tail_values: an id that was never drawn")
     drawn = np.zeros(len(targets["head_count"]), np.int64)
     for name in ("head", "tail"):
-        position = np.repeat(np.arange(len(drawn)), targets[f"{name}_count"])
-        np.add.at(drawn, position, targets[f"{name}_values"])
+        ends = offsets(targets[f"{name}_count"])
+        drawn += np.diff(offsets(targets[f"{name}_values"])[ends])
     if (drawn != int(parameter)).any():
         wrong = int(drawn[drawn != int(parameter)][0])
         raise ValueError(f"columns head_values and tail_values: {wrong} draws at a position, expected {int(parameter)}")

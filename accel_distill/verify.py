@@ -82,7 +82,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
         name = shard_name(*place)
         try:
             if manifest and name not in entries and place not in superseded:
-                raise DamagedCache(f"shard {path / 'shards' / name}: it is not in manifest.json")
+                raise DamagedCache(f"shard {path / 'shards' / name}: it is not in manifest.json; delete it")
             header, totals = check_shard(record, place, expected=entries.get(name), deep=deep)
         except (DamagedCache, CacheMismatch) as error:
             problems.append(_problem(f"shards/{name}", error))

@@ -33,9 +33,16 @@ class Row:
 
 
 def make_record(path: Path, **changes: Any) -> Record:
-    """Begin a cache; `changes` are vocab, method, lanes, samples_per_shard, long_documents."""
-    settings: dict[str, Any] = {"vocab": 50, "method": "threshold", "lanes": 1, "samples_per_shard": 4} | changes
-    settings = {"long_documents": "truncate"} | settings
+    """Begin a cache; `changes` are those of the settings below."""
+    settings: dict[str, Any] = {
+        "vocab": 50,
+        "tokenizer_size": None,  # as many as the vocabulary
+        "method": "threshold",
+        "lanes": 1,
+        "samples_per_shard": 4,
+        "max_length": 128,
+        "long_documents": "truncate",
+    } | changes
     vocab, method = settings["vocab"], settings["method"]
     counts = np.random.default_rng(7).integers(0, 100, vocab)
     ids_by_rank = rank_tokens(counts)
@@ -43,10 +50,16 @@ def make_record(path: Path, **changes: Any) -> Record:
     parameter = PARAMETERS[method]
     identity = {
         "format": FORMAT,
-        "teacher": {"vocab_size": vocab},
-        "tokenizer": {"size": vocab},
-        "sequence": {"max_length": settings.get("max_length", 128), "long_documents": settings["long_documents"]},
-        "targets": {"method": method, "parameter": parameter, "temperature": 1.5},
+        "teacher": {"vocab_size": vocab, "dtype": "float32"},
+        "tokenizer": {"size": settings["tokenizer_size"] or vocab},
+        "dataset": {"name": "made", "config_name": None, "split": "train", "text_column": "text"},
+        "sequence": {
+            "max_length": settings["max_length"],
+            "long_documents": settings["long_documents"],
+            "add_special_tokens": True,
+            "append_eos": True,
+        },
+        "targets": {"method": method, "parameter": parameter, "temperature": 1.5, "seed": 0},
         "layout": {**layout, "ranks_sha256": hashlib.sha256(ids_by_rank.tobytes()).hexdigest()},
     }
     make_directories(path)

@@ -38,7 +38,7 @@ FLOORS = {
     "rows": 2,
     "shard_checks": 4,
     "training_arguments": 3,
-    "cache": 4,
+    "cache": 5,
     "config": 4,
     "stream": 5,
     "tokens": 5,

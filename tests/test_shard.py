@@ -253,6 +253,8 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(good: Path, tmp_p
         ({"numerics": "cuda"}, "its header's numerics: it is not JSON"),
         ({"note": "more"}, "fields that do not belong"),
         ({"payload_bytes": 10**30}, "its header says"),
+        ({"payload_bytes": 2**34}, "it has .* bytes, and its header says"),
+        ({"payload_bytes": 2**34 + 1}, "its header says 17,179,869,185 bytes, more than 17,179,869,184"),
     ],
 )
 def test_a_header_with_a_right_hash_and_wrong_content_is_refused(
