@@ -1,31 +1,47 @@
-"""The rows of a shard, read in ranges and decoded, with every column checked against the others.
+"""The rows of a shard as columns, and back: writer and reader side by side.
 
-The one decision: whoever reads rows in bulk (verify) gets numpy arrays; the map-style dataset has its own reader.
+The one decision: each column holds one thing of all rows, one behind the other, and the `row_*` columns say how much of
+it is each row's. So any range of rows is read and decoded alone, and many rows at the cost of a few array operations.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from accel_distill.codec import STAT_STEPS, Arrays, Method, column_dtypes, decode
+from accel_distill.codec import (
+    COUNTED_BY,
+    PACKED,
+    STAT_STEPS,
+    Arrays,
+    Column,
+    Method,
+    column_dtypes,
+    decode,
+    encode,
+    expect_length,
+    ids_of_ranks,
+    narrow,
+    offsets,
+    pack_column,
+    unpack_column,
+)
 from accel_distill.errors import DamagedCache
+from accel_distill.packing import Bits
 from accel_distill.shard import ShardFile, ShardHeader
 
-OFFSETS = {
-    "tokens": "token_offsets",
-    "positions": "target_offsets",
-    "heads": "head_offsets",
-    "tails": "tail_offsets",
-}
-ROW_COLUMNS = ("sample_index", *OFFSETS.values(), "entropy", "logprob")
-COUNTED_BY = {
-    "head_count": "positions",
-    "head_ids": "heads",
-    "head_values": "heads",
-    "tail_count": "positions",
-    "tail_ids": "tails",
-    "tail_values": "tails",
+INPUT_IDS = "input_ids"
+ROW_DTYPES: dict[str, np.dtype] = {  # of the columns that every cache has
+    "sample_index": np.dtype("<i8"),
+    "row_tokens": np.dtype("<u4"),
+    "entropy": np.dtype("<i8"),
+    "logprob": np.dtype("<i8"),
+    "target_mask": np.dtype("u1"),
+    INPUT_IDS: np.dtype("u1"),
+    f"{INPUT_IDS}_bits": np.dtype("u1"),
+    f"row_{INPUT_IDS}_bits": np.dtype("<u4"),
 }
 
 
@@ -43,11 +59,30 @@ class Rows:
     logprob: np.ndarray  # (n,) likewise, of the true next tokens
 
 
-def row_columns(method: Method, parameter: float, vocab_size: int) -> dict[str, np.dtype]:
+def row_columns(method: Method, parameter: float) -> dict[str, np.dtype]:
     """Return name and dtype of every column of a shard."""
-    wide = {name: np.dtype("<i8") for name in ROW_COLUMNS}
-    targets = column_dtypes(method, parameter, vocab_size)
-    return {**wide, "input_ids": targets["head_ids"], "target_mask": np.dtype("u1"), **targets}
+    return {**ROW_DTYPES, **column_dtypes(method, parameter)}
+
+
+def encode_rows(rows: Rows, *, method: Method, parameter: float, ranks: np.ndarray) -> Arrays:
+    """Return the columns of a shard; raise ValueError where a value does not fit its column.
+
+    `ranks` (vocab_size,) maps an id to its frequency rank.
+    """
+    plain = {
+        "sample_index": rows.sample_index,
+        "row_tokens": np.diff(rows.tokens),
+        "entropy": np.rint(rows.entropy * STAT_STEPS).astype(np.int64),
+        "logprob": np.rint(rows.logprob * STAT_STEPS).astype(np.int64),
+        "target_mask": np.packbits(rows.target_mask, bitorder="little"),
+        **pack_column(ranks[rows.input_ids], rows.tokens, name=INPUT_IDS),
+    }
+    fixed = {
+        name: values.astype(dtype) if dtype.kind == "i" else narrow(values, dtype, name=name)
+        for name, dtype in ROW_DTYPES.items()
+        for values in [plain[name]]
+    }
+    return fixed | encode(rows.targets, method=method, parameter=parameter, ranks=ranks, rows=rows.positions)
 
 
 class RowReader:
@@ -56,23 +91,19 @@ class RowReader:
     def __init__(self, path: Path, *, method: Method, parameter: float, ids_by_rank: np.ndarray) -> None:
         """Open the shard, and read and check the columns that say how much of each other column is a row's."""
         self._method, self._parameter, self._ids_by_rank = method, parameter, ids_by_rank
-        dtypes = row_columns(method, parameter, len(ids_by_rank))
-        self._columns = [name for name in COUNTED_BY if name in dtypes]
+        self._packed = (*PACKED[method], INPUT_IDS)
+        dtypes = row_columns(method, parameter)
+        self._columns = [name for name in dtypes if name in COUNTED_BY]
         self._file = ShardFile(path, dtypes=dtypes)
         try:
             self.sample_index = self._exactly(self.header.sequences, "sample_index")
-            ends = {"tokens": self.header.tokens, "positions": self.header.positions}
-            ends["heads"] = self._file.length("head_ids")
-            ends["tails"] = self._file.length("tail_ids") if "tail_ids" in dtypes else 0
-            self._starts = {name: self._row_starts(OFFSETS[name], end) for name, end in ends.items()}
+            self._starts = {name: self._row_starts(name) for name in ("tokens", "positions", "heads", "tails")}
+            self._starts["rest"] = self._starts["heads"] - self._starts["positions"]
+            self._bit_starts = {name: self._row_starts(f"{name}_bits") for name in self._packed}
+            self._check_lengths()
             self._entropy, self._logprob = (
                 self._exactly(self.header.sequences, name) / STAT_STEPS for name in ("entropy", "logprob")
             )
-            for name, counted in COUNTED_BY.items():
-                if name in dtypes:
-                    self._expect(name, ends[counted])
-            self._expect("input_ids", self.header.tokens)
-            self._expect("target_mask", -(-self.header.tokens // 8))
         except BaseException:
             self.close()
             raise
@@ -100,23 +131,27 @@ class RowReader:
 
     def read(self, first: int, last: int) -> Rows:
         """Return the rows `first` to `last` (exclusive), decoded and checked."""
-        columns = {name: self._elements(name, first, last) for name in self._columns}
+        columns: dict[str, Column] = {name: self._elements(name, first, last) for name in self._columns}
+        columns |= {f"{name}_bits": self._bits(name, first, last) for name in self._packed}
         tokens, positions = (self._starts[name][first : last + 1] for name in ("tokens", "positions"))
         mask = self._mask(int(tokens[0]), int(tokens[-1]))
         try:
             targets = decode(columns, method=self._method, parameter=self._parameter, ids_by_rank=self._ids_by_rank)
-            ranks = self._file.read("input_ids", int(tokens[0]), int(tokens[-1]))
-            if len(ranks) and ranks.max() >= len(self._ids_by_rank):
-                size = len(self._ids_by_rank)
-                raise ValueError(f"column input_ids: rank {int(ranks.max())}, but the vocabulary has {size} ids")
-            if (found := int(mask.sum())) != (expected := int(positions[-1] - positions[0])):
-                raise ValueError(f"column target_mask has {found} bits where its counts say {expected}")
+            ids = ids_of_ranks(unpack_column(columns, INPUT_IDS), self._ids_by_rank, name=INPUT_IDS)
+            expect_length("target_mask", np.flatnonzero(mask), positions[-1] - positions[0])
         except ValueError as error:
             raise self.damaged(f"rows {first} to {last - 1}: {error}") from error
         rows = slice(first, last)
         stats = (self._entropy[rows], self._logprob[rows])
-        ids = self._ids_by_rank[ranks].astype(np.int64)
         return Rows(self.sample_index[rows], tokens - tokens[0], positions - positions[0], ids, mask, targets, *stats)
+
+    @contextlib.contextmanager
+    def damaged_by(self, where: str = "") -> Iterator[None]:
+        """Turn what a check says with ValueError into DamagedCache of this file."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.damaged(f"{where}{error}") from error
 
     def damaged(self, what: str) -> DamagedCache:
         """Return the error that says `what` of this file."""
@@ -126,15 +161,27 @@ class RowReader:
         starts = self._starts[COUNTED_BY[name]]
         return self._file.read(name, int(starts[first]), int(starts[last]))
 
+    def _bits(self, name: str, first: int, last: int) -> Bits:
+        start, stop = (int(self._bit_starts[name][row]) for row in (first, last))
+        return Bits(self._file.read(f"{name}_bits", start // 8, -(-stop // 8)), start % 8, stop - start)
+
     def _mask(self, start: int, stop: int) -> np.ndarray:
         packed = self._file.read("target_mask", start // 8, -(-stop // 8))
         return np.unpackbits(packed, bitorder="little")[start % 8 :][: stop - start].astype(bool)
 
-    def _row_starts(self, name: str, end: int) -> np.ndarray:
-        found = self._exactly(self.header.sequences + 1, name)
-        if found[0] != 0 or found[-1] != end or np.diff(found).min(initial=0) < 0:
-            raise self.damaged(f"column {name} does not ascend from 0 to {end}")
-        return found
+    def _row_starts(self, name: str) -> np.ndarray:
+        return offsets(self._exactly(self.header.sequences, f"row_{name}"))
+
+    def _check_lengths(self) -> None:
+        """Check that the columns are as long as the header and the row columns say."""
+        for name, expected in (("tokens", self.header.tokens), ("positions", self.header.positions)):
+            if (found := self._starts[name][-1]) != expected:
+                raise self.damaged(f"column row_{name} sums to {found}, and its header says {expected}")
+        lengths = {name: self._starts[COUNTED_BY[name]][-1] for name in self._columns}
+        lengths |= {f"{name}_bits": -(-self._bit_starts[name][-1] // 8) for name in self._packed}
+        lengths["target_mask"] = -(-self.header.tokens // 8)
+        for name, expected in lengths.items():
+            self._expect(name, int(expected))
 
     def _exactly(self, length: int, name: str) -> np.ndarray:
         """Read a whole column, which must have `length` elements."""

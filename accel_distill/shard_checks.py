@@ -41,10 +41,8 @@ def check_shard(
         _check_whole(record, reader)
         for first, last in row_ranges(reader) if deep else ():
             rows = reader.read(first, last)
-            try:
+            with reader.damaged_by(f"rows {first} to {last - 1}: "):
                 check_rows(record, rows, every_position=not header.nonfinite, distinct=True)
-            except ValueError as error:
-                raise reader.damaged(f"rows {first} to {last - 1}: {error}") from error
         return header, reader.totals()
     finally:
         reader.close()
@@ -107,7 +105,7 @@ def _check_whole(record: Record, reader: RowReader) -> None:
     """Check what can be known of a shard without decoding its rows."""
     header, positions = reader.header, reader.row_positions
     longest, untargeted = record.identity["sequence"]["max_length"] - 1, int((positions == 0).sum())
-    try:
+    with reader.damaged_by():
         check_dealing(record, header, reader.sample_index)
         if positions.max(initial=0) > longest:
             raise ValueError(f"a row has {positions.max()} positions, and max_length allows {longest}")
@@ -116,8 +114,6 @@ def _check_whole(record: Record, reader: RowReader) -> None:
         for name, most in (("empty", untargeted), ("truncated", header.samples)):
             if (found := getattr(header, name)) > most:
                 raise ValueError(f"its header says {found} {name} samples, and at most {most} can be")
-    except ValueError as error:
-        raise reader.damaged(str(error)) from error
 
 
 def _check_ids(ids: np.ndarray, name: str, *, below: int) -> None:

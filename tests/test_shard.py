@@ -123,7 +123,7 @@ def test_any_range_of_a_column_is_that_range(tmp_path: Path) -> None:
             start, stop = min(start, len(column)), min(stop, len(column))
             np.testing.assert_array_equal(shard.read(name, start, stop), column[start:stop])
     for start, stop in [(-1, 3), (0, CHUNK), (5, 4), (CHUNK, CHUNK + 1)]:
-        with pytest.raises(DamagedCache, match="column below has 4095 elements"):
+        with pytest.raises(DamagedCache, match=f"column below has {CHUNK - 1} elements"):
             shard.read("below", start, stop)
     shard.close()
 
@@ -323,7 +323,7 @@ def two_dimensions(file: h5py.File) -> None:
     file.create_dataset("x", data=np.zeros((3, 2), "<u2"), **whole)
 
 
-NOT_PLAIN, NOT_CHUNKED = "column x is not there as a plain dataset", "column x is not stored in chunks of at most 4096"
+NOT_PLAIN, NOT_CHUNKED = "column x is not there as a plain dataset", "column x is not stored in chunks of at most 16384"
 HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "an external link": (lambda file: file.__setitem__("x", h5py.ExternalLink("/etc/passwd", "/x")), NOT_PLAIN),
     "a soft link": (soft_link, NOT_PLAIN),

@@ -18,8 +18,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from made_cache import Row, make_cache, make_record, make_rows, write_shards
+from made_cache import PARAMETERS, Row, make_cache, make_record, make_rows, write_shards
 
+from accel_distill.codec import weight_scale
 from accel_distill.manifest import Record, read_record, write_manifest, write_plan
 from accel_distill.shard import CHUNK, FORMAT, HEADER_BYTES, ShardFile, read_header, shard_bytes
 from accel_distill.targets import SparseTargets
@@ -28,6 +29,7 @@ LENGTHS = [[9], [0], [1], [2], [17], [5], [0], [30], [3], [8], [4], [12], [6]]  
 SETTINGS: dict[str, Any] = {"lanes": 2, "samples_per_shard": 3, "vocab": 50, "tokenizer_size": 48}
 IDS = 48  # that the tokenizer makes: the teacher's output layer is padded
 PLACE = (0, 0, 3)  # the shard that is damaged: samples 0, 2 and 4
+TOTAL = weight_scale("threshold", PARAMETERS["threshold"])  # of the weights of a position
 COLUMN = "entropy"  # the column that is forged: <i8, one value a row
 Columns = dict[str, np.ndarray]
 
@@ -266,7 +268,8 @@ def cut(name: str) -> Callable[[Record], object]:
 
 def longer(name: str) -> Callable[[Record], object]:
     return lambda record: reforge(
-        record, columns=lambda columns: columns.update({name: np.append(columns[name], columns[name][-1:])})
+        record,
+        columns=lambda columns: columns.update({name: np.append(columns[name], np.zeros(1, columns[name].dtype))}),
     )
 
 
@@ -389,7 +392,9 @@ FILES: dict[str, Kind] = {
     "a header with a word for a number": Kind(header_with(samples="3"), "its header says samples = '3'"),
     "a header with a negative count": Kind(header_with(tokens=-1), "its header says tokens = -1"),
     "a header with a field more": Kind(header_with(note=1), "fields that do not belong"),
-    "counts that are not the manifest's": Kind(header_with(tokens=10**6), "its (header_sha256|tokens) is"),
+    "counts that are not the manifest's": Kind(
+        header_with(tokens=10**6), "its (header_sha256|tokens) is|its header says 1000000"
+    ),
 }
 
 STRUCTURE: dict[str, Kind] = {
@@ -509,9 +514,11 @@ VALUES: dict[str, Kind] = {
         rows_changed(with_targets(at("tail_ids", 2, 49))), "column tail_ids: id 49, but the tokenizer makes 48"
     ),
     "head weights above the total": Kind(
-        rows_changed(with_targets(lambda arrays: arrays["head_values"].__iadd__(512))), "more than the total"
+        rows_changed(with_targets(lambda arrays: arrays["head_values"].__iadd__(TOTAL))), "more than the total"
     ),
-    "tails that the weights leave no room for": Kind(rows_changed(with_targets(at("head_values", 0, 512))), "tail_ids"),
+    "tails that the weights leave no room for": Kind(
+        rows_changed(with_targets(at("head_values", 0, TOTAL))), "tail_ids"
+    ),
     "an id twice at a position": Kind(
         rows_changed(with_targets(head_twice)), "head_ids and tail_ids: id .* is twice", deep=True
     ),
