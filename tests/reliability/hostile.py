@@ -167,9 +167,9 @@ def bomb_of_many_chunks(file: h5py.File, values: np.ndarray) -> None:
 
 
 def bomb_in_one_chunk(values: np.ndarray) -> bytes:
-    """Return a small stream that inflates to 256 MB."""
+    """Return a small stream that inflates to 64 MB."""
     inflater = zlib.compressobj(9)
-    return b"".join(inflater.compress(bytes(1 << 20)) for _ in range(256)) + inflater.flush()
+    return b"".join(inflater.compress(bytes(1 << 20)) for _ in range(64)) + inflater.flush()
 
 
 def shuffled(values: np.ndarray) -> bytes:

@@ -175,8 +175,8 @@ def test_any_value_of_any_column_is_refused_or_makes_a_sample_that_fits(good: Pa
     original = record.shard_path(*PLACE).read_bytes()
     for name, values in read_columns(record).items():
         dtype = values.dtype
-        for number in (0, 1, np.iinfo(dtype).max, np.iinfo(dtype).min, np.iinfo(dtype).max // 2):
-            for place in (0, -1, slice(None)) if len(values) else ():
+        for number in (0, 1, np.iinfo(dtype).max, np.iinfo(dtype).max // 2):
+            for place in (0, slice(None)) if len(values) else ():
                 record.shard_path(*PLACE).unlink()  # or HDF5 would take it for the file that is still open
                 record.shard_path(*PLACE).write_bytes(original)
                 rewrite_manifest(record)
