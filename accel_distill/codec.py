@@ -50,8 +50,8 @@ PACKED: dict[Method, tuple[str, ...]] = {
 
 
 def total_weight(threshold: float) -> int:
-    """Return M, the integer that a position's weights sum to: the smallest power of two >= 2 / threshold."""
-    return 1 << int(np.ceil(np.log2(2 / threshold)))
+    """Return M, the integer that a position's weights sum to: the smallest power of two >= 1.5 / threshold."""
+    return 1 << int(np.ceil(np.log2(1.5 / threshold)))
 
 
 def weight_scale(method: Method, parameter: float) -> int:

@@ -120,6 +120,10 @@ class RowReader:
         """Return how many tokens, positions, heads and tails the shard holds."""
         return {name: int(starts[-1]) for name, starts in self._starts.items()}
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Return how many bytes each column takes in the file."""
+        return {name: self._file.stored_bytes(name) for name in row_columns(self._method, self._parameter)}
+
     @property
     def row_positions(self) -> np.ndarray:
         """(rows,): how many positions of each row carry a target."""

@@ -138,6 +138,10 @@ class ShardFile:
         """Return the number of elements of a column."""
         return self._columns[name].shape[0]
 
+    def stored_bytes(self, name: str) -> int:
+        """Return how many bytes a column's chunks take in the file, compressed."""
+        return self._columns[name].id.get_storage_size()
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return elements `start` to `stop` of a column, inflating only the chunks that hold them."""
         column = self._columns[name]

@@ -23,7 +23,7 @@ class Proxy(NamedTuple):
     rows: Rows
     threshold: float
     unigram_counts: np.ndarray  # (vocab_size,) of other text, for the frequency ranks
-    promoted: int  # positions whose first tail id became the head that every position has
+    moved_weight: float  # mean share of the weight that was moved so that the numbers of tail ids agree
 
 
 def read_proxy(path: Path) -> Proxy:
@@ -31,7 +31,7 @@ def read_proxy(path: Path) -> Proxy:
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     threshold = float(found["threshold"])
-    targets, promoted = _targets(found, threshold)
+    targets, moved = _targets(found, threshold)
     positions = len(targets["head_count"])
     starts = np.append(np.arange(0, positions, ROW_TOKENS - 1), positions)
     tokens = starts + np.arange(len(starts))  # a row has one token before its first target's
@@ -47,36 +47,44 @@ def read_proxy(path: Path) -> Proxy:
         entropy=np.zeros(len(starts) - 1),
         logprob=np.zeros(len(starts) - 1),
     )
-    return Proxy(rows, threshold, found["unigram_counts"].astype(np.int64), promoted)
+    return Proxy(rows, threshold, found["unigram_counts"].astype(np.int64), moved)
 
 
-def _targets(found: dict[str, np.ndarray], threshold: float) -> tuple[Arrays, int]:
+def _targets(found: dict[str, np.ndarray], threshold: float) -> tuple[Arrays, float]:
+    """Return the targets as the codec takes them, and the mean share of the weight that was moved."""
     head_count, tail_count = (found[name].astype(np.int64) for name in ("head_count", "tail_count"))
-    heads, tails = offsets(head_count), offsets(tail_count)
-    sums = np.append(0.0, np.cumsum(found["head_probs"].astype(np.float64)))
-    total, table = total_weight(threshold), tail_counts(threshold)
-    rounding = np.random.default_rng(0).random(len(head_count))
-    at = np.repeat(np.arange(len(head_count)), head_count)
-    upper = np.floor(total * (sums[1:] - sums[heads[at]]) + rounding[at])
-    lower = np.floor(total * (sums[:-1] - sums[heads[at]]) + rounding[at])
-    values = (upper - lower).astype(np.int64)
-    without = head_count == 0
-    taken = tails[:-1][without]  # the first tail id of a position without head
-    head_ids = np.insert(found["head_ids"].astype(np.int64), heads[:-1][without], found["tail_ids"][taken])
-    share = np.maximum(total / np.maximum(tail_count[without], 1), 1)
-    values = np.insert(values, heads[:-1][without], share.astype(np.int64))
+    head_ids, tail_ids = (found[name].astype(np.int64) for name in ("head_ids", "tail_ids"))
+    probabilities = found["head_probs"].astype(np.float64)
+    without = head_count == 0  # every position has a head here: its first tail id, at an equal share
+    heads, tails = offsets(head_count)[:-1][without], offsets(tail_count)[:-1][without]
+    head_ids = np.insert(head_ids, heads, tail_ids[tails])
+    probabilities = np.insert(probabilities, heads, 1 / tail_count[without])
+    tail_ids = np.delete(tail_ids, tails)
     head_count, tail_count = head_count + without, tail_count - without
+    values = _rounded(probabilities, head_count, total=total_weight(threshold))
     starts = offsets(head_count)[:-1]
-    left = total - np.add.reduceat(values, starts)
-    values[starts] += left - _nearest(table, tail_count, left)
-    return {
+    left = total_weight(threshold) - np.add.reduceat(values, starts)
+    moved = left - _nearest(tail_counts(threshold), tail_count, left)
+    values[starts] += moved
+    targets = {
         "head_count": head_count,
         "head_ids": head_ids,
         "head_values": values,
         "tail_count": tail_count,
-        "tail_ids": np.delete(found["tail_ids"].astype(np.int64), taken),
+        "tail_ids": tail_ids,
         "tail_values": np.zeros(0, np.int64),
-    }, int(without.sum())
+    }
+    return targets, float(np.abs(moved).mean()) / total_weight(threshold)
+
+
+def _rounded(probabilities: np.ndarray, counts: np.ndarray, *, total: int) -> np.ndarray:
+    """Round each position's probabilities to integers, systematically, as the sampler does."""
+    starts = offsets(counts)
+    sums = np.append(0.0, np.cumsum(probabilities))
+    before = np.repeat(sums[starts[:-1]], counts)
+    rounding = np.repeat(np.random.default_rng(0).random(len(counts)), counts)
+    upper, lower = (np.floor(total * np.maximum(part - before, 0) + rounding) for part in (sums[1:], sums[:-1]))
+    return (upper - lower).astype(np.int64)
 
 
 def _nearest(table: np.ndarray, wanted: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ FLOORS = {
     "training_arguments": 3,
     "cache": 5,
     "config": 4,
+    "histograms": 4,
     "stream": 5,
     "tokens": 5,
     "shuffle": 6,

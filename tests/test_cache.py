@@ -79,7 +79,7 @@ def test_large_vocabularies_keep_every_id(method: Method, vocab: int, tmp_path: 
     every = np.random.default_rng(0).permutation(vocab)
     heads, tails = every, np.zeros(0, np.int64)
     count, tail_count = np.ones(vocab, np.int64), np.zeros(vocab, np.int64)
-    values = np.full(vocab, {"threshold": 64, "top_k": 700, "random": 20}[method])
+    values = np.full(vocab, {"threshold": 32, "top_k": 700, "random": 20}[method])
     if method == "random":
         tails, tail_count, values = np.roll(every, 1), count, np.full(vocab, 19)
     if method == "top_k":
@@ -261,10 +261,10 @@ HOSTILE_VALUES: dict[str, tuple[Any, str]] = {
     "a head id beyond the vocabulary": (beyond_the_vocabulary("head_ids"), "column head_ids: rank 6[0-3], but"),
     "a symbol of more bits": (set_first("tail_ids", 160), "column tail_ids: its symbols need .* bits, and it has"),
     "a symbol of no value": (set_first("tail_ids", 255), "column tail_ids: symbol 255 stands for no value"),
-    "weights above the total": (set_first("top_values", 255), "head values sum to 255 .* more than the total 64"),
+    "weights above the total": (set_first("top_values", 255), "head values sum to 255 .* more than the total 32"),
     "a position without head": (set_first("head_count", 0), "head_count is 0"),
     "a head without position": (set_first("head_count", 3), "head_ids holds .* values where its counts say"),
-    "other weights, so another tail": (set_first("top_values", 64), "tail_ids holds .* values where its counts say"),
+    "other weights, so another tail": (set_first("top_values", 32), "tail_ids holds .* values where its counts say"),
     "more tokens in a row": (set_first("row_tokens", 10**9), "column row_tokens sums to .* and its header says"),
     "more heads in a row": (set_first("row_heads", 10**9), "column rest_values has 0 elements, expected 9999"),
     "more bits in a row": (set_first("row_tail_ids_bits", 2**32 - 1), "column tail_ids_bits has .* elements, expected"),
