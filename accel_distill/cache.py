@@ -16,6 +16,7 @@ from accel_distill.codec import Method, offsets
 from accel_distill.errors import CacheMismatch
 from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
 from accel_distill.rows import RowReader, Rows
+from accel_distill.shard_checks import check_dealing, check_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,12 +194,14 @@ class _Shard:
 
     def __init__(self, path: Path, record: Record, *, expected: dict[str, Any]) -> None:
         """Open the shard; `expected` is what the manifest says of it."""
-        self._method, self._parameter = record.method, record.parameter
+        self._record = record
         self._reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
         header = self._reader.header
         if (found := manifest_entry(path.name, header)) != expected:
             key = next(key for key in found if found[key] != expected[key])
             raise self._reader.damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
+        with self._reader.damaged_by():
+            check_dealing(record, header, self._reader.sample_index)
         self.sample_indices = self._reader.sample_index
         self.has_target = self._reader.row_positions > 0
         self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens))
@@ -210,7 +213,9 @@ class _Shard:
         if number not in self._blocks:
             first = number * self._block_rows
             rows = self._reader.read(first, min(first + self._block_rows, len(self._reader)))
-            self._blocks[number] = _Block(rows, method=self._method, parameter=self._parameter)
+            with self._reader.damaged_by(f"rows from {first}: "):
+                check_rows(self._record, rows, every_position=not self._reader.header.nonfinite, distinct=False)
+            self._blocks[number] = _Block(rows, method=self._record.method, parameter=self._record.parameter)
         return self._blocks[number].sample(inside)
 
     def close(self) -> None:

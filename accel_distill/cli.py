@@ -22,6 +22,7 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
   init                                          print a commented run file to start from
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
   inspect CACHE [--json]                        say what is in a cache
+  verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
   demo                                          the whole way on a small example, in minutes on a CPU
   --version, --help
 
@@ -66,6 +67,13 @@ def inspect(argv: list[str]) -> int:
     return inspect_cache.main(argv)
 
 
+def verify(argv: list[str]) -> int:
+    """Check every file of a cache."""
+    from accel_distill import verify as command
+
+    return command.main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """Run the main job end to end on an example that needs no download."""
     from accel_distill import demo as example
@@ -77,6 +85,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": init,
     "check": check,
     "inspect": inspect,
+    "verify": verify,
     "demo": demo,
 }
 

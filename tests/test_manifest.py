@@ -56,12 +56,12 @@ def test_the_cache_id_is_that_of_the_identity_alone(begun: Record) -> None:
     same = Record(
         Path("/elsewhere"), begun.identity, {"device": "cuda"}, {"versions": {"torch": "9"}}, begun.ids_by_rank
     )
-    other = Record(begun.path, {**begun.identity, "format": 2}, begun.numerics, begun.environment, begun.ids_by_rank)
+    other = Record(begun.path, {**begun.identity, "format": 99}, begun.numerics, begun.environment, begun.ids_by_rank)
     assert same.cache_id == begun.cache_id != other.cache_id
 
 
 def test_who_comes_second_gets_the_record_of_the_first(begun: Record) -> None:
-    second = Record(begun.path, {**begun.identity, "format": 2}, {}, {}, begun.ids_by_rank[::-1].copy())
+    second = Record(begun.path, {**begun.identity, "format": 99}, {}, {}, begun.ids_by_rank[::-1].copy())
     assert create(second).identity == begun.identity
     np.testing.assert_array_equal(read_record(begun.path).ids_by_rank, begun.ids_by_rank)
 
@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 BROKEN_RECORDS: dict[str, tuple[str, bytes | None, str]] = {
     "no JSON": ("cache.json", b"{", "cache.json: it is not JSON"),
     "a list": ("cache.json", b"[]", "cache.json: it holds list, expected an object"),
-    "no identity": ("cache.json", b"{}", "cache.json: 'identity' is missing"),
+    "no identity": ("cache.json", b"{}", "cache.json: its 'identity' is missing"),
     "no text": ("cache.json", b"\xff\xfe\xff", "cache.json: it is not JSON"),
     "identity of another kind": ("cache.json", b'{"identity": 3}', "cache.json"),
     "no ranks": ("ranks.bin", None, "ranks.bin is missing"),
