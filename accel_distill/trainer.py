@@ -29,6 +29,7 @@ from accel_distill.losses import (
     student_logprobs,
     top_k_forward_kl,
 )
+from accel_distill.recent_losses import RecentLosses
 from accel_distill.shuffle import window_sampler
 
 Batch = dict[str, Tensor]  # what CachedLogitCollator returns
@@ -70,6 +71,7 @@ class DistillationTrainer(Trainer):
         self.ce_weight = ce_weight
         self.temperature = temperature
         self.target_method = target_method
+        self._recent = RecentLosses()
         self._since_log = torch.zeros(3, dtype=torch.float64, device=args.device)  # sums of kd, ce; positions
 
     def compute_loss(
@@ -91,10 +93,12 @@ class DistillationTrainer(Trainer):
         loss = (self.kd_weight * kd + self.ce_weight * ce) / counted.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients of the processes are averaged
+        self._recent.note(self.state.global_step, inputs["sample_index"], loss)
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside the training loss `kd` and `ce` since the last time, whatever their weights."""
+        self._check_losses()
         if "loss" in logs:  # on every process alike
             kd, ce, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
             self._since_log.zero_()
@@ -109,6 +113,16 @@ class DistillationTrainer(Trainer):
         if sampler is None or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         return sampler
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Save, but not what a loss that is not finite has gone into."""
+        self._check_losses()
+        super()._save_checkpoint(*arguments, **named)
+
+    def _check_losses(self) -> None:
+        """Raise NotFinite, on every process, where a loss of one was not finite since the last time."""
+        sums = self.accelerator.reduce(self._since_log, reduction="sum")
+        self._recent.check(is_finite_everywhere=bool(sums.isfinite().all()))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with the last samples also where training drops an incomplete batch."""

@@ -32,6 +32,7 @@ FLOORS = {
     "processes": 1,
     "publish": 1,
     "reading": 1,
+    "recent_losses": 1,
     "run_file": 1,
     "shard": 1,
     "stopping": 1,
