@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,16 @@ def _file_of(arguments: Sequence[Any]) -> str:
     return os.path.basename(os.readlink(f"/proc/self/fd/{last}") if isinstance(last, int) else str(last))
 
 
-def run_rank(run_file: str, rank: int, world_size: int, handover: str, faults: Faults | None, patience: float) -> None:
-    """Be one rank; the process's whole life."""
+def run_rank(
+    run_file: str,
+    rank: int,
+    world_size: int,
+    handover: str,
+    errors: Connection,
+    faults: Faults | None,
+    patience: float,
+) -> None:
+    """Be one rank; the process's whole life. What it says goes to a pipe, which no full disk stops."""
     import torch
 
     from accel_distill import alive
@@ -189,6 +198,8 @@ def run_rank(run_file: str, rank: int, world_size: int, handover: str, faults: F
     path = Path(handover)
 
     def hand_over(made: Any) -> None:
+        if world_size == 1:
+            return
         path.with_suffix(".new").write_bytes(pickle.dumps(made))
         os.replace(path.with_suffix(".new"), path)
 
@@ -214,8 +225,7 @@ def run_rank(run_file: str, rank: int, world_size: int, handover: str, faults: F
             pass
 
     os.environ["RANK"] = str(rank)
-    descriptor = os.open(f"{handover}.{rank}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 2)
+    os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     torch.set_num_threads(1)
     alive.BEAT = patience / alive.LOOKS_TO_DIE
@@ -239,16 +249,18 @@ class Run:
         """Start it. `faults` are of some ranks; `patience`: seconds after which a silent rank counts as dead."""
         start_server()
         self._handover = run_file.parent / f"handover-{uuid.uuid4().hex}"
-        given = faults or {}
-        self.ranks: list[BaseProcess] = [
-            CONTEXT.Process(
-                target=run_rank,
-                args=(str(run_file), rank, world_size, str(self._handover), given.get(rank), patience),
-            )
-            for rank in range(world_size)
-        ]
-        for rank in self.ranks:
-            rank.start()
+        self.ranks: list[BaseProcess] = []
+        self._errors: list[Connection] = []
+        self._said = [b""] * world_size
+        for rank in range(world_size):
+            reader, writer = CONTEXT.Pipe(duplex=False)
+            fault = (faults or {}).get(rank)
+            given = (str(run_file), rank, world_size, str(self._handover), writer, fault, patience)
+            self.ranks.append(CONTEXT.Process(target=run_rank, args=given))
+            self.ranks[-1].start()
+            writer.close()
+            os.set_blocking(reader.fileno(), False)
+            self._errors.append(reader)
 
     def kill(self) -> int:
         """Kill -9 every rank, and see that they are gone; return how many were still alive."""
@@ -272,9 +284,11 @@ class Run:
         return [rank.exitcode if rank.exitcode is not None else 0 for rank in self.ranks]
 
     def said(self, rank: int) -> str:
-        """Return what a rank wrote to standard error."""
-        path = Path(f"{self._handover}.{rank}.err")
-        return path.read_text() if path.exists() else ""
+        """Return what a rank has written to standard error."""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self._errors[rank].fileno(), 1 << 16):
+                self._said[rank] += part
+        return self._said[rank].decode()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Place:
     path: Path
     whole: dict[str, bytes]
 
-    def run_file(self, directory: Path, **changes: dict[str, Any]) -> Path:
+    def run_file(self, directory: Path, /, **changes: dict[str, Any]) -> Path:
         """Write a run file for a cache of its own in `directory`; return its path."""
         directory.mkdir(exist_ok=True)
         path = directory / "run.yaml"
@@ -49,7 +49,7 @@ class Place:
         return len(found)
 
 
-def settings(place: Path, cache: Path, **changes: dict[str, Any]) -> Any:
+def settings(place: Path, cache: Path, /, **changes: dict[str, Any]) -> Any:
     """Return the run: 40 samples in 21 shards."""
     values: dict[str, dict[str, Any]] = {
         "dataset": {"max_samples": SAMPLES},

@@ -1,33 +1,59 @@
 """Numbers that are not numbers: in the teacher's logits they stop the run or are left out, in training they stop it."""
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
+from torch import Tensor
 from trainer_run import cached_samples, make_trainer, ragged_ids, tiny_llama
-from transformers import AutoModelForCausalLM
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.config import RunConfig
 from accel_distill.errors import NotFinite
 from accel_distill.generate import generate
 from accel_distill.losses import IGNORE_INDEX
+from accel_distill.teacher import Teacher
 
 TEXTS = [story(n) for n in range(12)]
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that says NaN from the word "king" on, and one without fault, and data."""
-    place = tmp_path_factory.mktemp("broken")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher and data."""
+    place = tmp_path_factory.mktemp("not_finite")
     write_jsonl(place / "data.jsonl", TEXTS)
-    model = AutoModelForCausalLM.from_pretrained(make_teacher(place / "good"))
-    model.get_input_embeddings().weight.data[word()] = float("nan")
-    model.save_pretrained(place / "teacher")
-    make_tokenizer().save_pretrained(place / "teacher")
+    make_teacher(place / "teacher")
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """The cache of the teacher without a fault."""
+    generate(config(place, place / "cache"))
+    return place / "cache"
+
+
+@pytest.fixture
+def broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, but the teacher's logits are NaN, or one of them infinite, after the word "king"."""
+    forward = Teacher._forward
+
+    def spoiled(self: Teacher, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
+        logits_of, bad = forward(self, ids, mask, wanted), ids[:, :-1][wanted] == word()
+
+        def spoil(part: slice) -> Tensor:
+            logits = logits_of(part)
+            logits[bad[part]] = float("nan")
+            logits[bad[part], 5] = float("inf")
+            return logits
+
+        return spoil
+
+    monkeypatch.setattr(Teacher, "_forward", spoiled)
     return place
 
 
@@ -36,9 +62,9 @@ def word() -> int:
     return make_tokenizer()(" king")["input_ids"][0]
 
 
-def config(place: Path, cache: Path, teacher: str = "teacher", **settings: str):
+def config(place: Path, cache: Path, **teacher: str) -> RunConfig:
     dataset = {"max_samples": len(TEXTS), "eval_samples": 0}
-    return run_config(place / teacher, place / "data.jsonl", cache, teacher=settings, dataset=dataset)
+    return run_config(place / "teacher", place / "data.jsonl", cache, teacher=teacher, dataset=dataset)
 
 
 def test_logits_that_are_not_finite_stop_the_run_naming_shard_sample_and_position(broken: Path, tmp_path: Path) -> None:
@@ -54,7 +80,7 @@ def test_logits_that_are_not_finite_stop_the_run_naming_shard_sample_and_positio
 
 
 def test_a_run_that_stopped_goes_on_with_skip_and_leaves_the_positions_out(
-    broken: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    broken: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(NotFinite):
         generate(config(broken, tmp_path / "cache"))
@@ -64,43 +90,29 @@ def test_a_run_that_stopped_goes_on_with_skip_and_leaves_the_positions_out(
     for name in ("manifest.json", "cache.json"):
         assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
-    left_out, kept = 0, []
-    for sample, good in zip(TeacherCache(tmp_path / "cache"), whole(broken, tmp_path), strict=True):
-        ids = sample.input_ids.tolist()
-        first = ids.index(word()) if word() in ids else len(ids)  # attention spreads NaN to all that comes after
-        expected = [n < min(first, len(ids) - 1) for n in range(len(ids))]
-        assert sample.target_mask.tolist() == expected
-        left_out += sum(good.target_mask.tolist()) - sum(expected)
-        assert sample.teacher_entropy == sample.teacher_entropy
-        same = slice(0, sum(expected))
-        found, want = sample.targets.to_dense(320), good.targets.to_dense(320)[same]
-        torch.testing.assert_close(found.argmax(-1), want.argmax(-1))
-        kept.append(sample)
-    assert left_out > 20
+    left_out, samples = 0, list(TeacherCache(tmp_path / "cache"))
+    for sample, good in zip(samples, TeacherCache(whole), strict=True):
+        is_bad = sample.input_ids == word()
+        assert torch.equal(sample.target_mask, good.target_mask & ~is_bad)
+        kept = ~is_bad[:-1]
+        assert torch.equal(sample.targets.to_dense(320), good.targets.to_dense(320)[kept])
+        assert sample.teacher_entropy <= good.teacher_entropy
+        left_out += int((good.target_mask & is_bad).sum())
+    assert left_out > 5
     assert manifest["sums"]["nonfinite"] == left_out
-    headers = json.loads((tmp_path / "cache" / "manifest.json").read_text())["shards"]
-    assert sum(shard["nonfinite"] for shard in headers) == left_out
-    assert f"{left_out:,} left out for a logit that was not finite" in caplog.text
+    assert f", {left_out:,} left out for a logit that was not finite" in caplog.text
 
-    batch = CachedLogitCollator(pad_token_id=0)(kept)
-    masked = [ids.index(word()) for ids in batch["input_ids"].tolist() if word() in ids]
-    rows = [row for row, ids in enumerate(batch["input_ids"].tolist()) if word() in ids]
-    assert rows
-    for row, first in zip(rows, masked, strict=True):
-        assert (batch["labels"][row, first + 1 :] == IGNORE_INDEX).all()
+    batch = CachedLogitCollator(pad_token_id=0)(samples)
+    after = (batch["input_ids"][:, :-1] == word()).nonzero()
+    assert len(after) >= left_out
+    assert (batch["labels"][after[:, 0], after[:, 1] + 1] == IGNORE_INDEX).all()
 
 
-def whole(broken: Path, tmp_path: Path) -> TeacherCache:
-    """Return the cache of the same teacher without its fault."""
-    generate(config(broken, tmp_path / "good", teacher="good"))
-    return TeacherCache(tmp_path / "good")
-
-
-def test_where_all_is_finite_skip_makes_the_bytes_of_stop(broken: Path, tmp_path: Path) -> None:
-    caches = {how: tmp_path / how for how in ("stop", "skip")}
-    for how, cache in caches.items():
-        generate(config(broken, cache, teacher="good", on_nonfinite=how))
-    manifests = [(cache / "manifest.json").read_bytes() for cache in caches.values()]
+def test_where_all_is_finite_skip_makes_the_bytes_of_stop(place: Path, tmp_path: Path) -> None:
+    manifests = []
+    for how in ("stop", "skip"):
+        generate(config(place, tmp_path / how, on_nonfinite=how))
+        manifests.append((tmp_path / how / "manifest.json").read_bytes())
     assert manifests[0] == manifests[1]
 
 
