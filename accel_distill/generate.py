@@ -25,7 +25,7 @@ from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
 from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
-from accel_distill.hints import HintWriter, start_near
+from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
 from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
@@ -129,9 +129,7 @@ def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committe
     read = functools.partial(stream.read, tell=tell)
     if not is_pinned(record.identity["dataset"]["source"]):
         return read()  # only the texts themselves tell whether they are those of before
-    layout = record.layout
-    first_open = layout.first_open_group({place: samples for place, (samples, _) in committed.items()})
-    return start_near(record.path, first_open * layout.group_samples, group_samples=layout.group_samples, read=read)
+    return start_late(record.path, committed, layout=record.layout, read=read)
 
 
 def _open(config: RunConfig, world: World) -> tuple[Record, dict[Place, Committed], str]:

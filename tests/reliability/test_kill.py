@@ -87,6 +87,7 @@ def kill_at_random(place: Place, directory: Path, choice: random.Random, *, kill
         shards = place.check_part(cache)
         at_work += alive > 0 and 0 < shards < SHARDS
         if not alive:
+            assert set(run.wait()) == {0}, run.said(0)
             assert kept(cache) == place.whole
             finished, shards = finished + 1, 0
             run_file = place.run_file(directory / str(finished))
