@@ -66,7 +66,7 @@ def wait_for(pattern: str, path: Path, *, ranks: list[subprocess.Popen[str]]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow_sweep)])
 def test_ranks_started_by_hand_end_within_a_minute_of_the_death_of_one(
     victim: int, place: Place, tmp_path: Path
 ) -> None:
