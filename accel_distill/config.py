@@ -134,6 +134,7 @@ class CacheConfig(Section):
     path: Annotated[Path, BeforeValidator(_to_path)]
     samples_per_shard: Annotated[int, Field(ge=1, le=10**6)] = 1024
     lanes: Annotated[int, Field(ge=1, le=1000)] | None = None  # three digits in a shard's name
+    allow_partial: bool = False  # train on what is there of a cache that is not complete
 
 
 class StudentConfig(Section):

@@ -174,6 +174,20 @@ def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
     return found
 
 
+def settled_shards(record: Record) -> list[dict[str, Any]]:
+    """Return what a manifest would say of the shards of an incomplete cache, but for those that a longer one replaces.
+
+    A short shard is the last of its lane if the plan says so; otherwise a larger plan is being carried out.
+    """
+    cap = (read_plan(record.path) or {}).get("max_samples")
+    entries = []
+    for (group, lane), header in committed_shards(record).items():
+        last = record.layout.samples_in(group, lane, cap) if cap is not None else None
+        if header.samples in (record.layout.samples_per_shard, last):
+            entries.append(manifest_entry(shard_name(group, lane, header.samples), header))
+    return entries
+
+
 def listed_shards(path: Path) -> set[tuple[int, int, int]]:
     """Return (group, lane, samples) of every shard's name in a cache, without opening one."""
     return {place for name in shard_directory(path) if (place := parse_shard_name(name)) is not None}

@@ -50,6 +50,7 @@ FLOORS = {
     "collator": 7,
     "identity": 7,
     "pipeline": 7,
+    "checkpoint_record": 8,
     "trainer": 8,
     "generate": 9,
     "inspect_cache": 9,
