@@ -23,6 +23,7 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
+  audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
   demo                                          the whole way on a small example, in minutes on a CPU
   --version, --help
 
@@ -74,6 +75,13 @@ def verify(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def audit(argv: list[str]) -> int:
+    """Compare some samples of a cache with the teacher."""
+    from accel_distill import audit as command
+
+    return command.main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """Run the main job end to end on an example that needs no download."""
     from accel_distill import demo as example
@@ -86,6 +94,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "inspect": inspect,
     "verify": verify,
+    "audit": audit,
     "demo": demo,
 }
 

@@ -18,7 +18,7 @@ import torch
 
 from accel_distill import __version__
 from accel_distill.codec import Method, rank_tokens, weight_scale
-from accel_distill.config import RunConfig
+from accel_distill.config import RunConfig, TeacherConfig
 from accel_distill.errors import CacheMismatch, ConfigError
 from accel_distill.manifest import (
     Record,
@@ -101,7 +101,7 @@ def _identity(
     dataset, targets = config.dataset, config.targets
     return {
         "format": FORMAT,
-        "teacher": _teacher_identity(config, model),
+        "teacher": teacher_identity(config.teacher, model),
         "tokenizer": tokenizer_identity(tokenizer),
         "dataset": _dataset_identity(config, stream),
         "sequence": {
@@ -224,8 +224,9 @@ def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:
         )
 
 
-def _teacher_identity(config: RunConfig, model: "PretrainedConfig") -> dict[str, Any]:
-    teacher, path = config.teacher, Path(config.teacher.model)
+def teacher_identity(teacher: TeacherConfig, model: "PretrainedConfig") -> dict[str, Any]:
+    """Return what identifies a teacher: for local files their hashes, which takes reading them."""
+    path = Path(teacher.model)
     dtype = str(getattr(model, "dtype", None) or "float32") if teacher.dtype == "auto" else teacher.dtype
     described = {
         "dtype": dtype.removeprefix("torch."),

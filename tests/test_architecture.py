@@ -52,6 +52,8 @@ FLOORS = {
     "pipeline": 7,
     "checkpoint_record": 8,
     "trainer": 8,
+    "recomputed": 8,
+    "audit": 9,
     "generate": 9,
     "inspect_cache": 9,
     "train": 9,
