@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accel_distill import __version__
-from accel_distill.command_line import OneSentenceParser, parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, OneSentenceParser, parse_flagged
 from accel_distill.errors import ConfigError, exit_with
 
 TEMPLATE = Path(__file__).with_name("run_file.yaml")
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(argv: list[str]) -> int:
     """Validate a run file and its overrides, and say in one line what it would do."""
-    path, overrides = parse_arguments(argv, prog="accel-distill check")
+    arguments = parse_flagged(argv, prog="accel-distill check", flags=GENERATE_FLAGS)  # the launch scripts pass them on
+    path, overrides = arguments.config, arguments.overrides
     from accel_distill.config import load_config
 
     config = load_config(path, overrides)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accel_distill.command_line import parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
 
     def run() -> int:
-        path, overrides = parse_arguments(argv, "accel_distill.generate")
+        arguments = parse_flagged(argv, "accel_distill.generate", flags=GENERATE_FLAGS)
+        config = load_config(arguments.config, arguments.overrides)
         try:
-            generate(load_config(path, overrides))
+            generate(config, allow_numerics_drift=arguments.allow_numerics_drift)
         finally:
             leave_processes()
         return 0
@@ -62,16 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def generate(config: RunConfig) -> dict[str, Any]:
+def generate(config: RunConfig, *, allow_numerics_drift: bool = False) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
-    Raises the RunErrors of errors.py. Every rank of the run calls it.
+    With `allow_numerics_drift` a cache is gone on with that was begun on another device, or with other batch sizes or
+    attention. Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    record, committed = world.from_main(lambda: _open(config, world))
+    record, committed = world.from_main(lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift))
     config = _pinned(config, record)
     manifest = read_manifest(record)
     if manifest is None:
@@ -92,10 +94,14 @@ def generate(config: RunConfig) -> dict[str, Any]:
     return manifest
 
 
-def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int], tuple[int, str]]]:
+def _open(
+    config: RunConfig, world: World, *, allow_numerics_drift: bool
+) -> tuple[Record, dict[tuple[int, int], tuple[int, str]]]:
     """Open the cache on rank 0, and list what is committed: the only look that decides who makes what."""
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
-    opening: Opening = open_for_generation(config, world_size=world.world_size, device=world.device)
+    opening: Opening = open_for_generation(
+        config, world_size=world.world_size, device=world.device, allow_numerics_drift=allow_numerics_drift
+    )
     record = opening.record
     for note in opening.notes:
         log.warning("%s", note)

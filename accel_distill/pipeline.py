@@ -95,6 +95,7 @@ class ShardMaker:
             "untargeted": int((target_counts == 0).sum()),
             "nonfinite": 0,
             "texts_sha256": hash_texts(shard.texts),
+            "numerics": self._record.drift,
         }
         return shard_bytes(fields, self._columns(content, lengths, target_counts))
 

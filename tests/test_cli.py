@@ -46,6 +46,11 @@ def test_every_command_explains_itself(command: str) -> None:
     assert f"usage: accel-distill {command}" in answer.stdout
 
 
+def test_check_takes_the_flags_of_generate_as_the_launch_scripts_pass_them_on(run_file: Path) -> None:
+    assert main(["check", "--config", str(run_file), "--allow-numerics-drift"]) == 0
+    assert main(["check", "--config", str(run_file), "--allow-drift"]) == 2
+
+
 def test_version_is_the_packages() -> None:
     assert run("--version").stdout == f"accel-distill {__version__}\n"
 
