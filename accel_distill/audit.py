@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from accel_distill.cache import TeacherCache
 from accel_distill.command_line import OneSentenceParser
@@ -66,6 +67,7 @@ def audit(cache: TeacherCache, config: RunConfig, *, samples: int, seed: int) ->
 
     Raises ConfigError where the teacher cannot be loaded, DamagedCache where the cache cannot be read.
     """
+    transformers.utils.logging.disable_progress_bar()
     identity = cache.identity
     tokenizer = load_tokenizer(cache.tokenizer_path)
     if changed := differences(identity["tokenizer"], tokenizer_identity(tokenizer)):
