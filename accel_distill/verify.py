@@ -34,7 +34,7 @@ from accel_distill.shard import HEADER_BYTES
 from accel_distill.shard_checks import check_shard
 
 LINE_EVERY = 30.0  # seconds, where standard error is no terminal
-FILES = {"README.txt", "cache.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
+FILES = {"README.txt", "cache.json", "hints.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
 DIRECTORIES = {".tmp", "logs", "shards", "tokenizer"}
 SUMMED = ("samples", "sequences", "tokens", "positions")
 

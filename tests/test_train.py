@@ -22,7 +22,7 @@ from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import main, split_items, train, training_arguments
+from accel_distill.train import _data_record, main, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -534,3 +534,13 @@ def test_a_checkpoint_whose_state_cannot_be_read_is_one_sentence(
         (broken / "trainer_state.json").write_bytes(content)
     with pytest.raises(ConfigError, match="trainer_state.json cannot be read .*; name another checkpoint"):
         train(resumed(run, tmp_path / "out", broken))
+
+
+@pytest.mark.parametrize(("world_size", "global_batch"), [(1, 12), (2, 24), (8, 96)])
+def test_the_global_batch_counts_devices_accumulation_and_processes(
+    run: Path, tmp_path: Path, world_size: int, global_batch: int
+) -> None:
+    config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
+    arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
+    assert record.global_batch == global_batch
