@@ -152,6 +152,7 @@ class CacheConfig(Section):
     lanes: Annotated[int, Field(ge=1, le=1000)] | None = None  # three digits in a shard's name
     min_free_disk: Reserve | None = None  # bytes or a share; unset, 5 % of the disk but at most 20 GB
     max_bytes: Size | None = None  # of all files of the cache
+    allow_partial: bool = False  # train on what is there of a cache that is not complete
 
 
 class StudentConfig(Section):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_distill.alive import Ranks, make_files
-from accel_distill.command_line import parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
@@ -63,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
 
     def run() -> int:
-        path, overrides = parse_arguments(argv, "accel_distill.generate")
+        arguments = parse_flagged(argv, "accel_distill.generate", flags=GENERATE_FLAGS)
+        config = load_config(arguments.config, arguments.overrides)
         with stop_on_signals() as stop:
             try:
-                generate(load_config(path, overrides), stop=stop)
+                generate(config, allow_numerics_drift=arguments.allow_numerics_drift, stop=stop)
             finally:
                 leave_processes()
         return 0
@@ -74,17 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def generate(config: RunConfig, *, stop: Stop | None = None) -> dict[str, Any]:
+def generate(config: RunConfig, *, allow_numerics_drift: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
-    Raises the RunErrors of errors.py. Every rank of the run calls it. `stop` lets what is seen beside the work (a rank
-    that died, a disk that fills up) end the work at once.
+    With `allow_numerics_drift` a cache is gone on with that was begun on another device, or with other batch sizes or
+    attention. `stop` lets what is seen beside the work (a rank that died, a disk that fills up) end the work at once.
+    Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    record, committed, run = world.from_main(lambda: _open(config, world))
+    record, committed, run = world.from_main(lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift))
     config = _pinned(config, record)
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
@@ -132,10 +134,12 @@ def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committe
     return start_late(record.path, committed, layout=record.layout, read=read)
 
 
-def _open(config: RunConfig, world: World) -> tuple[Record, dict[Place, Committed], str]:
+def _open(config: RunConfig, world: World, *, allow_numerics_drift: bool) -> tuple[Record, dict[Place, Committed], str]:
     """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
-    opening: Opening = open_for_generation(config, world_size=world.world_size, device=world.device)
+    opening: Opening = open_for_generation(
+        config, world_size=world.world_size, device=world.device, allow_numerics_drift=allow_numerics_drift
+    )
     record = opening.record
     for note in opening.notes:
         log.warning("%s", note)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from accel_distill.cache import TeacherCache
+from accel_distill.checkpoint_record import CheckpointRecord, DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
-from accel_distill.manifest import differences
+from accel_distill.manifest import differences, read_plan
 from accel_distill.processes import check_backend, leave_processes, start_processes
 from accel_distill.publish import replace
 from accel_distill.student import load_student
@@ -64,7 +66,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    record = _data_record(config, cache, arguments, world_size=world.world_size)
+    if checkpoint := arguments.resume_from_checkpoint:
+        world.from_main(lambda: check_resumable(Path(checkpoint), record))
     trainer = _make_trainer(config, cache, config.student, arguments)
+    trainer.add_callback(CheckpointRecord(**asdict(record)))
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
@@ -80,7 +86,16 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _open(config: RunConfig) -> TeacherCache:
     """Open the cache and see that it is this run's, on rank 0: so that what is wrong is said once."""
-    cache = TeacherCache(config.cache.path)
+    cache = TeacherCache(config.cache.path, allow_partial=config.cache.allow_partial)
+    if not cache.complete:
+        plan = read_plan(cache.path)
+        planned = f"{plan['max_samples']:,}" if plan and plan["max_samples"] else "all"
+        log.warning(
+            "cache %s is not complete: training uses the %s of %s samples that are there now",
+            cache.path,
+            f"{cache.samples:,}",
+            planned,
+        )
     check_settings(config, cache)
     tokenizer = load_tokenizer(cache.tokenizer_path)
     if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
@@ -89,6 +104,14 @@ def _open(config: RunConfig) -> TeacherCache:
             "from the teacher again"
         )
     return cache
+
+
+def _data_record(
+    config: RunConfig, cache: TeacherCache, arguments: TrainingArguments, *, world_size: int
+) -> DataRecord:
+    """Return what the run's checkpoints say of its data."""
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
+    return DataRecord(cache.cache_id, cache.samples, cache.content_sha256, config.dataset.eval_samples, batch)
 
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:

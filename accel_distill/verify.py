@@ -20,6 +20,8 @@ from accel_distill.deal import parse_shard_name, shard_name
 from accel_distill.errors import CacheMismatch, DamagedCache, RunError, exit_with
 from accel_distill.manifest import (
     Record,
+    drift_sentences,
+    drifted,
     listed_shards,
     read_manifest,
     read_plan,
@@ -32,7 +34,7 @@ from accel_distill.shard import HEADER_BYTES
 from accel_distill.shard_checks import check_shard
 
 LINE_EVERY = 30.0  # seconds, where standard error is no terminal
-FILES = {"README.txt", "cache.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
+FILES = {"README.txt", "cache.json", "hints.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
 DIRECTORIES = {".tmp", "logs", "shards", "tokenizer"}
 SUMMED = ("samples", "sequences", "tokens", "positions")
 
@@ -77,7 +79,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
     superseded = _superseded(there)
     problems += [_missing(path / "shards" / name) for name in sorted(set(entries) - {shard_name(*s) for s in there})]
     sums = dict.fromkeys((*SUMMED, "heads", "tails", "bytes", "shards"), 0)
-    drift: dict[str, int] = {}
+    headers = []
     for place in _shown(sorted(there)):
         name = shard_name(*place)
         try:
@@ -92,8 +94,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
         counts = {key: getattr(header, key) for key in SUMMED} | {"bytes": HEADER_BYTES + header.payload_bytes}
         for key, value in (counts | {key: totals[key] for key in ("heads", "tails")} | {"shards": 1}).items():
             sums[key] += value
-        if header.numerics:
-            drift[header.numerics] = drift.get(header.numerics, 0) + 1
+        headers.append(header)
     found = {
         "path": str(path),
         "cache_id": record.cache_id,
@@ -102,7 +103,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
         "expected": _expected(record, manifest, plan),
         **sums,
         "numerics": record.numerics,
-        "drift": [{"shards": number, "numerics": json.loads(said)} for said, number in sorted(drift.items())],
+        "drift": drifted(headers),
         "notes": _notes(path, superseded),
         "problems": problems,
     }
@@ -120,9 +121,7 @@ def as_text(found: dict[str, Any]) -> str:
     """Return what `verify_cache` found as lines for people."""
     lines = [f"{problem['what']}" for problem in found["problems"]]
     lines += [f"note: {note}" for note in found["notes"]]
-    for drift in found["drift"]:
-        changed = ", ".join(f"{name} {value}" for name, value in sorted(drift["numerics"].items()))
-        lines.append(f"note: {drift['shards']:,} shards were made with other numeric settings: {changed}")
+    lines += [f"note: {sentence}" for sentence in drift_sentences(found["drift"])]
     lines += [f"moved aside: {name}" for name in found["set_aside"]]
     expected = found["expected"]
     of = "" if expected is None else f" of {'' if found['complete'] else 'at most '}{expected['shards']:,}"

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import main, split_items, train, training_arguments
+from accel_distill.train import _data_record, main, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -71,8 +72,8 @@ def configured(run: Path, output_dir: Path, **changes: dict[str, Any]) -> RunCon
         },
     }
     merged = {name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
-    cache = merged.pop("cache", {}).get("path", run / "cache")
-    return run_config(run / "teacher", run / "texts.jsonl", cache, **merged)
+    path = merged.get("cache", {}).get("path", run / "cache")
+    return run_config(run / "teacher", run / "texts.jsonl", path, **merged)
 
 
 def results(output_dir: Path) -> dict[str, Any]:
@@ -397,3 +398,149 @@ def test_resume_true_goes_on_from_the_last_checkpoint_and_leaving_it_out_is_said
     assert "training starts anew" not in caplog.text
     train(configured(run, tmp_path / "out", training=training | {"max_steps": 1}))
     assert "training starts anew; to go on: training.resume_from_checkpoint=true" in caplog.text
+
+
+# ---- an incomplete cache, and checkpoints of other data
+
+
+def test_an_incomplete_cache_is_refused_or_trained_on_with_a_word(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(run / "cache", copy)
+    (copy / "manifest.json").unlink()
+    (copy / "shards" / shard_name(2, 1, 4)).unlink()
+    cache = {"path": copy}
+    with pytest.raises(CacheMismatch, match="it is not complete .* or train on what is there with cache.allow_partial"):
+        train(configured(run, tmp_path / "out", cache=cache))
+    metrics = train(configured(run, tmp_path / "out", cache=cache | {"allow_partial": True}))
+    assert f"is not complete: training uses the {SAMPLES - 4} of {SAMPLES} samples that are there now" in caplog.text
+    whole = TeacherCache(run / "cache").has_target
+    assert metrics["train_samples"] == sum(whole[HELD_OUT:]) - sum(whole[[17, 19, 21, 23]])
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of 2 steps of 4 samples."""
+    path = tmp_path_factory.mktemp("saved")
+    train(configured(run, path, training=SAVING))
+    return path / "checkpoint-2"
+
+
+def resumed(run: Path, output_dir: Path, checkpoint: Path, **changes: dict[str, Any]) -> RunConfig:
+    training = SAVING | {"max_steps": 4, "resume_from_checkpoint": str(checkpoint)} | changes.pop("training", {})
+    return configured(run, output_dir, training=training, **changes)
+
+
+def grown(run: Path, path: Path) -> Path:
+    """Copy the cache and let it grow: the same identity, more samples."""
+    shutil.copytree(run / "cache", path)
+    texts = write_jsonl(path.parent / "texts.jsonl", [story(n) for n in range(SAMPLES)])
+    (path / "manifest.json").unlink()
+    for shard in sorted((path / "shards").iterdir())[-3:]:
+        shard.unlink()
+    (path / "plan.json").write_text('{"max_samples": 32}')
+    generate(run_config(run / "teacher", texts, path, dataset={"max_samples": 32}))
+    return path
+
+
+def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path) -> None:
+    cache = TeacherCache(run / "cache")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["CheckpointRecord"]["args"] == {
+        "cache_id": cache.cache_id,
+        "samples": SAMPLES,
+        "content_sha256": cache.content_sha256,
+        "eval_samples": HELD_OUT,
+        "global_batch": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (
+            {"training": {"per_device_train_batch_size": 2}},
+            ConfigError,
+            "a step takes 2 samples in this run .* and took 4 in .*checkpoint-2",
+        ),
+        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 samples .* and took 4"),
+        (
+            {"dataset": {"eval_samples": 5, "max_samples": SAMPLES}},
+            ConfigError,
+            f"dataset.eval_samples is 5 in this run and {HELD_OUT} in",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_batch_or_split_is_refused_with_both_values(
+    run: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    changes: dict[str, dict[str, Any]],
+    error: type[RunError],
+    sentence: str,
+) -> None:
+    with pytest.raises(error, match=sentence):
+        train(resumed(run, tmp_path / "out", checkpoint, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_cache_is_refused_with_both_ids(run: Path, tmp_path: Path, checkpoint: Path) -> None:
+    other = {"cache": {"path": tmp_path / "cache"}, "targets": {"threshold": 0.1}}
+    generate(configured(run, tmp_path, **other))
+    ids = [TeacherCache(path).cache_id for path in (tmp_path / "cache", run / "cache")]
+    with pytest.raises(CacheMismatch, match=f"it is the cache {ids[0]}, and in .*checkpoint-2 it was {ids[1]}"):
+        train(resumed(run, tmp_path / "out", checkpoint, **other))
+
+
+def test_a_checkpoint_of_a_cache_with_other_samples_is_refused_with_both_numbers(
+    run: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    path = grown(run, tmp_path / "cache")
+    with pytest.raises(CacheMismatch, match=f"it has 32 samples, and in .*checkpoint-2 it was {SAMPLES}"):
+        train(resumed(run, tmp_path / "out", checkpoint, cache={"path": path}))
+
+
+def test_batch_and_accumulation_may_change_where_their_product_stays(
+    run: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train(resumed(run, tmp_path / "out", checkpoint, training=parts))["train_loss"] > 0
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from_with_a_word_and_saves_the_record(
+    run: Path, tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = shutil.copytree(checkpoint, tmp_path / "old" / "checkpoint-2")
+    state = json.loads((old / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["CheckpointRecord"]
+    (old / "trainer_state.json").write_text(json.dumps(state))
+    train(resumed(run, tmp_path / "out", old))
+    assert "does not say what it was trained on" in caplog.text
+    saved = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["CheckpointRecord"]["args"]["global_batch"] == 4
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"<html>"])
+def test_a_checkpoint_whose_state_cannot_be_read_is_one_sentence(
+    run: Path, tmp_path: Path, checkpoint: Path, content: bytes | None
+) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (broken / "trainer_state.json").unlink()
+    if content is not None:
+        (broken / "trainer_state.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="trainer_state.json cannot be read .*; name another checkpoint"):
+        train(resumed(run, tmp_path / "out", broken))
+
+
+@pytest.mark.parametrize(("world_size", "global_batch"), [(1, 12), (2, 24), (8, 96)])
+def test_the_global_batch_counts_devices_accumulation_and_processes(
+    run: Path, tmp_path: Path, world_size: int, global_batch: int
+) -> None:
+    config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
+    arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
+    assert record.global_batch == global_batch
