@@ -63,3 +63,15 @@ def test_what_all_ranks_are_told_by_a_signal_rank_0_says(
     monkeypatch.setenv("RANK", rank)
     assert exit_with(stopped) == 143
     assert capsys.readouterr().err.count("stopped by SIGTERM; what was published or saved is kept") == said
+
+
+def test_a_forked_process_dies_of_its_own_signal_and_the_first_one_does_not_hear_of_it() -> None:
+    with stop_on_signals():
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        time.sleep(0.2)
