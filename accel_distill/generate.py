@@ -6,17 +6,12 @@ died goes on with the same command on any number of ranks. A thread of each look
 """
 
 import functools
-import json
 import logging
 import os
-import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accel_distill.alive import Ranks, make_files
@@ -24,7 +19,7 @@ from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
-from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
+from accel_distill.errors import ConfigError, RunError, exit_with
 from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
 from accel_distill.lookout import Lookout
@@ -38,12 +33,13 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_manifest,
 )
-from accel_distill.pipeline import ShardContent, ShardMaker
+from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
-from accel_distill.publish import publish, replace, sync_directory, temporary_name
+from accel_distill.publish import replace, sync_directory, temporary_name
 from accel_distill.reading import Reading
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
+from accel_distill.shard_writer import shard_writer
 from accel_distill.stopping import Stop, stop_on_signals
 from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
@@ -197,7 +193,7 @@ def _make_shards(
         first_group=reading.index // group_samples,
     )
     maker: ShardMaker | None = None
-    with _writer(record, watch, lookout.space) as write:
+    with shard_writer(record, lookout.space, published=lambda positions: watch.positions(-positions)) as write:
 
         def report(positions: int) -> None:
             lookout.check()
@@ -233,51 +229,6 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
         tokens_per_batch=teacher.tokens_per_batch,
         on_nonfinite=teacher.on_nonfinite,
     )
-
-
-@contextmanager
-def _writer(
-    record: Record, watch: "_Watch", space: DiskSpace
-) -> Iterator[Callable[[Callable[[], tuple[ShardContent, bytes]] | None], None]]:
-    """Give a function that encodes and publishes a shard in the background, one at a time behind the one in hand.
-
-    Called with None it only looks; either way it raises what went wrong in the background.
-    """
-    pending: list[Future[int]] = []
-
-    def write(make: Callable[[], tuple[ShardContent, bytes]] | None) -> None:
-        if pending and (make is not None or pending[0].done()):
-            watch.positions(-pending.pop().result())
-        if make is not None:
-            pending.append(pool.submit(lambda: _publish(record, space, *make())))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
-        yield write
-        if pending:
-            watch.positions(-pending.pop().result())
-
-
-def _publish(record: Record, space: DiskSpace, content: ShardContent, data: bytes) -> int:
-    """Publish a shard, or see that it is there already; return its positions."""
-    shard = content.shard
-    path = record.shard_path(shard.group, shard.lane, len(shard.texts))
-    space.check(coming=len(data))
-    if not publish(data, path, scratch=scratch(record.path)):
-        with open(path, "rb") as file:
-            if file.read(HEADER_BYTES) != data[:HEADER_BYTES]:
-                raise CacheMismatch(
-                    f"shard {path}: another run published it with other content; are two runs with different settings "
-                    "or hardware writing to this cache?"
-                )
-    _log_shard(record.path, path.name, positions=content.positions, size=len(data))
-    return content.positions
-
-
-def _log_shard(path: Path, name: str, *, positions: int, size: int) -> None:
-    """Append a line for people; no code reads it, so a disk that is full now is left to the next shard to tell."""
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "shard": name, "positions": positions, "bytes": size}
-    with suppress(OSError), open(path / "logs" / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 class _Watch:

@@ -60,6 +60,7 @@ FLOORS = {
     "pipeline": 7,
     "checkpoint_record": 8,
     "recomputed": 8,
+    "shard_writer": 8,
     "trainer": 8,
     "audit": 9,
     "generate": 9,
