@@ -21,8 +21,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
-from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
+from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
+from accel_distill.losses import Objective
 from accel_distill.manifest import differences
 from accel_distill.processes import check_backend, leave_processes, start_processes
 from accel_distill.publish import replace
@@ -132,6 +133,14 @@ def check_settings(config: RunConfig, cache: TeacherCache) -> None:
         log.warning("dataset.max_samples is %s, but training uses the whole cache: %s samples", wanted, cache.samples)
 
 
+def objective(loss: LossConfig, cache: TeacherCache) -> Objective:
+    """Return section `loss` for the targets of the cache; raise ConfigError where these do not allow it."""
+    try:
+        return Objective(kind=cache.method, temperature=cache.temperature, **loss.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"section loss: {error}") from error
+
+
 def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArguments:
     """Return section `training` as TrainingArguments, with what this trainer needs; refuse a contrary value."""
     forced = {
@@ -232,10 +241,7 @@ def _make_trainer(
     return DistillationTrainer(
         model,
         arguments,
-        kd_weight=config.loss.kd_weight,
-        ce_weight=config.loss.ce_weight,
-        temperature=cache.temperature,
-        target_method=cache.method,
+        objective=objective(config.loss, cache),
         data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
         train_dataset=Subset(samples, training),
         eval_dataset=Subset(samples, held_out) if held_out else None,
