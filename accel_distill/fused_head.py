@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from accel_distill.head_jobs import DenseJob, Peak, SparseJob, Taken, peak_of
@@ -152,8 +151,9 @@ class _Loss(torch.autograd.Function):
         return hidden.new_zeros(1, 1, 1, dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the gradients would silently count as constants
+            raise RuntimeError("the fused loss has no second derivative; use FullLogits for it")
         if ctx.gradients is None:
             raise RuntimeError("the fused loss was taken backward before, and its gradients are gone; run it again")
         scale, gradients = outer.sum() * ctx.factor, ctx.gradients
