@@ -8,7 +8,7 @@ its gradient is reduced. What comes out in the place of the logits is a zero tha
 does to its logits afterwards, soft-capping included, has a known derivative at zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from accel_distill.losses import Losses
 WEIGHT_ROWS = 32_768  # rows of a half-precision head whose gradient is made at once, before it is added in float32
 
 Job = SparseJob | DenseJob
+Watch = Callable[[Tensor], None]  # is given a gradient that the loss made, of hidden states or logits, in backward
 
 
 class Ran(NamedTuple):
@@ -41,6 +42,7 @@ class FusedHead:
         self._plain = head.linear.forward
         self._job: Job | None = None
         self._taken: list[Taken] = []
+        self.watch: Watch | None = None
         head.linear.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def run(self, model: nn.Module, job: Job, **inputs: Any) -> Ran:
@@ -125,9 +127,13 @@ class FullLogits:
     Chunks are computed again in backward, so that one chunk's float32 log-probabilities live at a time.
     """
 
+    watch: Watch | None = None
+
     def run(self, model: nn.Module, job: Job, **inputs: Any) -> Ran:
         """Run the model on `inputs` without labels, and take the losses of the job."""
         rows = model(**inputs).logits.flatten(0, -2).index_select(0, job.positions)
+        if self.watch is not None:
+            rows.register_hook(self.watch)
         taken: list[Taken] = []
         total = (
             rows[:0].float().sum()
@@ -147,7 +153,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedHead, job: Job) -> Tensor:
         ctx.gradients = fused.take(hidden, weight, bias, job=job, wanted=ctx.needs_input_grad[:3])
-        ctx.factor, ctx.dtypes = job.factor, [part.dtype for part in (hidden, weight, weight)]
+        ctx.fused, ctx.factor, ctx.dtypes = fused, job.factor, [part.dtype for part in (hidden, weight, weight)]
         return hidden.new_zeros(1, 1, 1, dtype=torch.float32)
 
     @staticmethod
@@ -158,7 +164,9 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError("the fused loss was taken backward before, and its gradients are gone; run it again")
         scale, gradients = outer.sum() * ctx.factor, ctx.gradients
         ctx.gradients = None
-        found = (part if part is None else part.mul_(scale) for part in gradients)
+        found = [part if part is None else part.mul_(scale) for part in gradients]
+        if ctx.fused.watch is not None:
+            ctx.fused.watch(next(part for part in found if part is not None))
         return *(part if part is None else part.to(d) for part, d in zip(found, ctx.dtypes, strict=True)), None, None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from accel_distill.errors import RunError
 from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_jobs import CHUNK, SparseJob, sparse_chunks
 from accel_distill.head_probe import fuse_head
@@ -60,6 +61,7 @@ class DistillationTrainer(Trainer):
         self._head = self._make_head()
         # sums of kd, ce, kl, the teacher's ce; positions
         self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
+        self._has_gradient = False  # from its loss; seen in the first step
         self._clock: float | None = None  # when counting began, less the time of evaluations
 
     def compute_loss(
@@ -86,6 +88,21 @@ class DistillationTrainer(Trainer):
         self._since_log += torch.stack([kd - entropy, ce, kl - entropy, teacher_ce, ce.new_tensor(positions)])
         loss = ran.loss - self.objective.kd_weight * entropy * factor
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Train on a micro-batch; of the first one with a target, see that the loss gives the student a gradient."""
+        if self._has_gradient or not len(inputs["target_positions"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+        largest: list[Tensor] = []
+        self._head.watch = lambda gradient: largest.append(gradient.abs().max())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._head.watch, self._has_gradient = None, True
+        if not largest or largest[0] == 0:
+            raise RunError(
+                "the loss of the first step gave the student no gradient, so it would learn nothing; report the model "
+                f"({type(self.model).__name__}) and how it is run"
+            )
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside the training loss what its positions cost since the last time, whatever the weights."""

@@ -105,6 +105,7 @@ def make_trainer(
     train: list[CachedSample] | None = None,
     evaluation: list[CachedSample] | None = None,
     model: LlamaForCausalLM | None = None,
+    objective: Objective | None = None,
 ) -> DistillationTrainer:
     """Return a trainer of a tiny student on the CPU that logs every step and saves nothing."""
     arguments = TrainingArguments(
@@ -128,7 +129,7 @@ def make_trainer(
     return DistillationTrainer(
         model if model is not None else tiny_llama(seed=1),
         arguments,
-        objective=Objective(kd_weight=kd_weight, ce_weight=ce_weight, temperature=temperature, kind=method),
+        objective=objective or Objective(kd_weight, ce_weight, temperature, method),
         data_collator=CachedLogitCollator(pad_token_id=0),
         train_dataset=train,
         eval_dataset=evaluation,
