@@ -380,3 +380,39 @@ def test_an_adapter_on_the_head_is_trained_through_full_logits() -> None:
     assert found["lm_head.up"].abs().max() > 0
     for key, gradient in want.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("unit", ["root", "head"])
+def test_fsdp2_that_rounds_the_models_output_to_bfloat16_rounds_neither_the_loss_nor_its_scale(
+    unit: str, alone: None
+) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make_model("soft-capped" if unit == "root" else "llama")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # a unit of its own cannot be tied
+    job = make_job(Objective(0.6, 0.4), factor=1 / 3)  # no bfloat16
+    _, exact = plain(copy.deepcopy(model).double(), job)
+    head = fused(model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    if unit == "head":
+        fully_shard(model.lm_head, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    assert model(**inputs()).logits.dtype == torch.bfloat16
+    ran = head.run(model, job, **inputs())
+    ran.loss.backward()
+    assert ran.loss.dtype == torch.float32
+    assert float(ran.loss) == pytest.approx(float(job.objective.weigh(ran.losses)) / 3, rel=1e-6)
+    for name, parameter in model.named_parameters():
+        found, want = parameter.grad.full_tensor(), exact[name]
+        scale = float((found * want).sum() / (want * want).sum())
+        assert scale == pytest.approx(1, abs=0.02), name
+        assert (found - want).norm() < 0.1 * want.norm(), name
