@@ -5,7 +5,7 @@ own logits. The base model does not run for it, so the proof is cheap for any si
 has divided already: the head's are put together meanwhile. It costs a forward of the head on 8 positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}  # of the largest value; 
 HALF_TOLERANCE = 0.1
 
 
-def fuse_head(model: "PreTrainedModel") -> tuple[FusedHead | None, str]:
+def fuse_head(
+    model: "PreTrainedModel", agree: Callable[[str], str] = lambda reason: reason
+) -> tuple[FusedHead | None, str]:
     """Return the model's fused head, or None and the reason why it has none.
 
+    `agree` turns what this process found (nothing: the proof was right) into what all processes go by.
     Proved on a few hidden states, before the model is wrapped: the fused loss and its gradient must be those of the
     model's own logits. The base model does not run, so this is cheap for any size, and right for weights that ZeRO-3
     has already divided: the head's are put together for it.
@@ -50,7 +53,7 @@ def fuse_head(model: "PreTrainedModel") -> tuple[FusedHead | None, str]:
             reason = _difference(model, linear, fused)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of the model's own code
         reason = f"it fails without its logits: {type(error).__name__}: {' '.join(str(error).split())}"
-    if reason:
+    if reason := agree(reason):
         del linear.forward
         return None, reason
     return fused, ""
@@ -68,7 +71,7 @@ def _difference(model: "PreTrainedModel", linear: nn.Linear, fused: FusedHead) -
     job = SparseJob(
         Objective(kd_weight=0.0, ce_weight=1.0),
         torch.arange(PROBE_TOKENS, device=weight.device),
-        sparse_chunks(labels, entries),
+        sparse_chunks(labels, entries, size=PROBE_TOKENS),
     )
     ids = {"input_ids": labels[None], "use_cache": False}
     with _instead_of_base(model, hidden.requires_grad_()), _frozen(linear), torch.enable_grad():

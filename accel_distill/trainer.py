@@ -25,7 +25,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from accel_distill.errors import RunError
 from accel_distill.fused_head import FullLogits, Ran
-from accel_distill.head_jobs import CHUNK, SparseJob, sparse_chunks
+from accel_distill.head_jobs import SparseJob, sparse_chunks
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
 from accel_distill.shuffle import window_sampler
@@ -163,14 +163,15 @@ class DistillationTrainer(Trainer):
         return None, rows, rows[:, :1]  # without labels the Trainer computes no metrics
 
     def _make_head(self) -> Any:
-        """Return what takes the losses: the model's own head, fused, or where any process finds that it cannot, not."""
-        fused, reason = fuse_head(self.accelerator.unwrap_model(self.model))
-        reasons = [reason] if self.args.world_size == 1 else gather_object([reason])
-        if fused is not None and not any(reasons):
+        """Return what takes the losses: the model's own head, fused, or where that cannot be, something slower."""
+        # rank 0's word: others may have no weights yet (fsdp_cpu_ram_efficient_loading)
+        agree = (lambda reason: reason) if self.args.world_size == 1 else (lambda reason: gather_object([reason])[0])
+        fused, reason = fuse_head(self.accelerator.unwrap_model(self.model), agree)
+        if fused is not None:
             return fused
         if self.args.process_index == 0:
-            name, why = type(self.model).__name__, next(filter(None, reasons))
-            log.warning("%s: the logits of all positions of a batch will exist at once, because %s", name, why)
+            name = type(self.model).__name__
+            log.warning("%s: the logits of all positions of a batch will exist at once, because %s", name, reason)
         return FullLogits()
 
     def _run(self, model: nn.Module, inputs: Batch, *, factor: Tensor | float = 1.0, with_peak: bool = False) -> Ran:
@@ -178,7 +179,13 @@ class DistillationTrainer(Trainer):
         positions = inputs["target_positions"]
         labels = inputs["labels"].flatten()[positions + 1]
         entries = inputs["target_offsets"], inputs["target_ids"], inputs["target_weights"]
-        job = SparseJob(self.objective, positions, sparse_chunks(labels, entries, size=CHUNK), factor, with_peak)
+        job = SparseJob(
+            self.objective,
+            positions,
+            sparse_chunks(labels, entries),
+            factor,
+            with_peak,
+        )
         # without labels: the model shall not compute a loss of its own
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return self._head.run(model, job, **batch, use_cache=False)

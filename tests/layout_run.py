@@ -20,7 +20,7 @@ from trainer_run import VOCAB, cached_samples, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from accel_distill import trainer as trainer_module
+from accel_distill import head_jobs
 from accel_distill.cache import CachedSample
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.fused_head import FusedHead
@@ -131,7 +131,7 @@ def train(directory: Path, layout: Layout, optimizer: str) -> None:
     if layout.backend == "zero3":  # the proof that the head can be fused is made on divided weights
         assert all(parameter.numel() == 0 for parameter in model.parameters())
     recording = Recording(CachedLogitCollator(pad_token_id=0), [])
-    trainer_module.CHUNK = 7  # several chunks
+    head_jobs.CHUNK = 7  # several chunks
     trainer = DistillationTrainer(
         model,
         arguments,

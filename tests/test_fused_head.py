@@ -283,7 +283,8 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_no_positions_give_a_gradient_of_zero_to_every_parameter() -> None:
     model = make_model("tied")
     none = torch.zeros(0, dtype=torch.int64)
-    job = SparseJob(Objective(), none, sparse_chunks(none, (torch.zeros(1, dtype=torch.int64), none, torch.zeros(0))))
+    entries = torch.zeros(1, dtype=torch.int64), none, torch.zeros(0)
+    job = SparseJob(Objective(), none, sparse_chunks(none, entries, size=4))
     for head in (fused(model), FullLogits()):
         ran, found = run(head, model, job)
         assert ran.loss == 0.0 and [len(loss) for loss in ran.losses] == [0, 0, 0]
@@ -369,6 +370,22 @@ def test_a_head_that_cannot_be_fused_is_left_alone_and_the_reason_is_given(name:
         raise AssertionError(reason)
     assert torch.equal(model(**inputs()).logits, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_all_processes_go_by_what_they_agree_on() -> None:
+    refused, fine = refused_models()["more done to the logits"][0], make_model()
+    found: list[str] = []
+    head, reason = fuse_head(refused, lambda reason: found.append(reason) or "")
+    assert head is not None and reason == "" and "is off by" in found[0]
+    assert fuse_head(fine, lambda reason: reason + "another process's reason") == (None, "another process's reason")
+    assert "forward" not in fine.lm_head.__dict__
+
+
+def test_a_model_without_its_weights_yet_has_a_reason_and_not_an_error() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    head, reason = fuse_head(model)
+    assert head is None and "meta" in reason
 
 
 def test_an_adapter_on_the_head_is_trained_through_full_logits() -> None:

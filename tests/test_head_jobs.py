@@ -85,7 +85,7 @@ def test_a_target_of_all_ids_leaves_no_rest(kind: TargetKind) -> None:
     every = torch.arange(POSITIONS + 1) * VOCAB, torch.arange(VOCAB).repeat(POSITIONS), p.flatten()
     for temperature in (1.0, 2.0):
         objective = Objective(0.6, 0.4, temperature, kind)
-        job = SparseJob(objective, torch.arange(POSITIONS), sparse_chunks(labels(), every))
+        job = SparseJob(objective, torch.arange(POSITIONS), sparse_chunks(labels(), every, size=5))
         found, want = taken(job, logits()), plainly(job, logits().double())
         for got, expected in zip([*found[0], found[1]], [*want[0], want[1]], strict=True):
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)
@@ -97,7 +97,7 @@ def test_a_student_that_is_sure_of_the_targets_ids_or_of_others_loses_no_digits(
     target = torch.tensor([0, 2, 4]), torch.tensor([0, 1, 0, 1]), torch.tensor([0.7, 0.25, 0.7, 0.25])
     for name in ("forward_kl", "reverse_kl", "jsd"):
         objective = Objective(0.7, 0.3, 1.0, "top_k", name)
-        job = SparseJob(objective, torch.arange(2), sparse_chunks(torch.tensor([1, 2]), target))
+        job = SparseJob(objective, torch.arange(2), sparse_chunks(torch.tensor([1, 2]), target, size=2))
         found, want = taken(job, rows), plainly(job, rows.double())
         for got, expected in zip([*found[0], found[1]], [*want[0], want[1]], strict=True):
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
@@ -127,4 +127,4 @@ def test_chunks_cover_all_positions_and_no_positions_make_none() -> None:
     assert torch.equal(torch.cat([c.entries[1] for c in chunks]), ids)
     assert torch.equal(torch.cat([c.entries[2] for c in chunks]), weights)
     assert torch.equal(torch.cat([c.entries[0].diff() for c in chunks]), offsets.diff())
-    assert sparse_chunks(labels()[:0], (offsets[:1], ids[:0], weights[:0])) == []
+    assert sparse_chunks(labels()[:0], (offsets[:1], ids[:0], weights[:0]), size=4) == []

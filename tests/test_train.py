@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
-from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.config import LossConfig, RunConfig, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import main, split_items, train, training_arguments
+from accel_distill.train import main, objective, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -161,6 +162,25 @@ def test_temperature_and_method_are_taken_from_the_cache(run: Path, tmp_path: Pa
     metrics = train(configured(run, tmp_path / "out", **changes | {"targets": {}}))
     assert metrics["eval_positions"] > 50
     assert abs(metrics["eval_kl"]) < 1e-3  # another temperature or divergence gives the teacher more than 0.1
+
+
+def test_a_top_k_cache_allows_other_divergences_and_the_run_file_has_to_say_top_k(run: Path, tmp_path: Path) -> None:
+    made: dict[str, dict[str, Any]] = {
+        "targets": {"method": "top_k", "top_k": 16},
+        "cache": {"path": tmp_path / "cache"},
+        "loss": {"divergence": "jsd", "jsd_beta": 0.3, "ce_weight": 0.1},
+    }
+    generate(configured(run, tmp_path, **made))
+    metrics = train(configured(run, tmp_path / "out", **made))
+    assert 0 < metrics["eval_kd"] < metrics["eval_kl"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_kd"] + 0.1 * metrics["eval_ce"])
+    with pytest.raises(ValidationError, match="jsd cannot be taken from threshold targets"):
+        configured(run, tmp_path / "out", **made | {"targets": {}})
+    with pytest.raises(CacheMismatch, match="targets.method is top_k, but the cache .* threshold"):
+        train(configured(run, tmp_path / "out", **made | {"cache": {}}))
+    pair = LossConfig(divergence="tvd"), TeacherCache(run / "cache")
+    with pytest.raises(ConfigError, match="section loss: tvd cannot be taken from threshold targets"):
+        objective(*pair)
 
 
 def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run: Path, tmp_path: Path) -> None:

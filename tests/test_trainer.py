@@ -162,7 +162,7 @@ def test_the_loss_and_its_gradient_are_those_of_dense_targets(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr("accel_distill.head_jobs.CHUNK", 7)  # several chunks, the last one short
     samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9), method=method, temperature=temperature)
     trainer = make_trainer(tmp_path, method=method, temperature=temperature, kd_weight=weights[0], ce_weight=weights[1])
     model, plain = trainer.model, tiny_llama(seed=1).double()
@@ -180,7 +180,7 @@ def test_the_loss_and_its_gradient_are_those_of_dense_targets(
 
 
 def test_evaluation_metrics_are_those_counted_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)
+    monkeypatch.setattr("accel_distill.head_jobs.CHUNK", 7)
     samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9))
     student = tiny_llama(spread=0.3)
     with torch.no_grad():  # neither the teacher nor a stranger to it
