@@ -25,8 +25,8 @@ from accel_distill.losses import (
     student_logprobs,
 )
 
-# Positions whose logits exist at once: 256 x 151,936 x 4 bytes are 156 MB. On a CPU, 64 took 16 % more time and 128 7 %.
-# On a GPU nothing was measured: to add up a half-precision head's gradient moves 14 bytes a weight for each chunk, which
+# Positions whose logits exist at once; 256 x 151,936 x 4 bytes are 156 MB. On a CPU 64 took 16 % more time, 128 7 %.
+# On a GPU nothing was measured: to add up a half-precision head's gradient moves 14 bytes a weight in each chunk; that
 # takes longer than the products of 256 positions, and half as long as those of 1024.
 CHUNK = 256
 GPU_CHUNK = 1024
