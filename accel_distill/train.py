@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_conf
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
 from accel_distill.losses import Objective
 from accel_distill.manifest import differences
-from accel_distill.processes import check_backend, leave_processes, start_processes
+from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
 from accel_distill.publish import replace
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
@@ -65,6 +66,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    if arguments.deepspeed_plugin is not None:
+        join_deepspeed()
     trainer = _make_trainer(config, cache, config.student, arguments)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
@@ -231,9 +234,10 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
-    model = load_student(
-        student, tokenizer, vocab_size=cache.vocab_size, max_length=cache.max_length, seed=arguments.seed
-    )
+    sizes: dict[str, Any] = {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
+    # from scratch: the same weights whatever the backend; pretrained: divided while they are read
+    with whole_weights(arguments) if student.model is None else nullcontext():
+        model = load_student(student, tokenizer, **sizes)
     training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
     _check_evaluation(arguments, held_out)
     _make_directory(arguments.output_dir)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from layout_run import deepspeed_settings
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
@@ -139,6 +140,45 @@ def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Pat
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)  # AdamW makes much of rounding
     assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
+
+
+WITHOUT_COMPILING = """
+import sys
+import deepspeed
+from accel_distill.train import main
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_zero3_asked_for_in_the_run_file_starts_and_ends_with_the_weights_of_one_process(
+    run: Path, tmp_path: Path
+) -> None:
+    plain = {"optim": "sgd", "learning_rate": 0.5}
+    expected = train(configured(run, tmp_path / "one", training=plain))
+    deepspeed = deepspeed_settings(3)
+    training = plain | {"per_device_train_batch_size": 2, "deepspeed": deepspeed}
+    for name, changes in [
+        ("scratch", {}),
+        ("pretrained", {"student": {"config": None, "model": str(tmp_path / "one")}}),
+    ]:
+        settings = training if name == "scratch" else training | {"learning_rate": 0.0, "max_steps": 1}
+        config = configured(run, tmp_path / name, training=settings, **changes)
+        (tmp_path / f"{name}.yaml").write_text(resolved_yaml(config))
+        (tmp_path / "main.py").write_text(WITHOUT_COMPILING)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "main.py")]
+        command = [sys.executable, *launch, "--config", str(tmp_path / f"{name}.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = results(tmp_path / name)
+        assert (found["world_size"], found["distributed_type"]) == (2, "DEEPSPEED")
+        assert found["eval_kl"] == pytest.approx(expected["eval_kl"], rel=1e-5)
+        one = load_file(tmp_path / "one" / "model.safetensors")
+        two = load_file(tmp_path / name / "model.safetensors")
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-5)
 
 
 def test_a_student_that_is_the_teacher_has_its_cross_entropy_and_almost_no_kl(run: Path, tmp_path: Path) -> None:
