@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -75,6 +76,30 @@ class World:
         """Leave the process group at the end of a run; NCCL warns where that is left out."""
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the process group: ZeRO-3, which divides weights as they are loaded, takes itself for alone."""
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+@contextmanager
+def whole_weights(arguments: Any) -> Iterator[None]:
+    """Let ZeRO-3 of these TrainingArguments divide no model that is made meanwhile: it would draw other weights."""
+    if arguments.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    live = getattr(arguments, "hf_deepspeed_config", None) or arguments.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(live)
 
 
 def leave_processes() -> None:
