@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from accel_distill.disk_space import parse_share, parse_size
 from accel_distill.divergences import Divergence, TopKTail, refused_divergence, refused_tail
 from accel_distill.errors import ConfigError
-from accel_distill.explain import WrongValue, first_mistake
+from accel_distill.explain import WrongValue, first_mistake, mismatch
 from accel_distill.run_file import apply_overrides, parse_override, read_run_file, to_yaml
 from accel_distill.training_arguments import check_training
 
@@ -49,6 +50,18 @@ def _to_path(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
+def _checked_size(value: Any) -> Any:
+    if not parse_size(value):
+        raise WrongValue("", mismatch(value, "bytes above 0, such as 500GB"))
+    return value
+
+
+def _checked_reserve(value: Any) -> Any:
+    if parse_size(value) is None and parse_share(value) is None:
+        raise WrongValue("", mismatch(value, "bytes, such as 20GB, or a share of the disk, such as 5%"))
+    return value
+
+
 def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
     check_training(values)
     return {name: _expand_user(value) if name == "output_dir" else value for name, value in values.items()}
@@ -61,6 +74,8 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Power = Annotated[float, Field(gt=0, le=10)]
+Size = Annotated[int | str, BeforeValidator(_checked_size)]
+Reserve = Annotated[int | str, BeforeValidator(_checked_reserve)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -81,6 +96,7 @@ class TeacherConfig(Section):
     tokens_per_batch: Count = 16_384  # padded tokens; a longer sample is a batch of its own
     head_chunk: Count = 256  # positions whose logits exist at once
     quantization: dict[str, Any] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a logit is NaN or infinite
 
 
 class DatasetConfig(Section):
@@ -137,6 +153,8 @@ class CacheConfig(Section):
     path: Annotated[Path, BeforeValidator(_to_path)]
     samples_per_shard: Annotated[int, Field(ge=1, le=10**6)] = 1024
     lanes: Annotated[int, Field(ge=1, le=1000)] | None = None  # three digits in a shard's name
+    min_free_disk: Reserve | None = None  # bytes or a share; unset, 5 % of the disk but at most 20 GB
+    max_bytes: Size | None = None  # of all files of the cache
     allow_partial: bool = False  # train on what is there of a cache that is not complete
 
 

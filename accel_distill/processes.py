@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from accel_distill.errors import ConfigError, RunError
+from accel_distill.errors import ConfigError, RankStopped, RunError
 
 # Rank 0 hashes weights and counts tokens while the others wait.
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -46,16 +46,14 @@ class World:
         """
         if self.world_size == 1:
             return make()
-        from accelerate.utils import broadcast_object_list
-
         box: list[T | RunError | None] = [None]
         if self.is_main:
             try:
                 box[0] = make()
             except RunError as error:
-                broadcast_object_list([error], from_process=0)
+                _broadcast([error])
                 raise
-        broadcast_object_list(box, from_process=0)
+        _broadcast(box)
         if isinstance(box[0], RunError):
             time.sleep(SAID_AFTER)
             raise SystemExit(box[0].exit_status)
@@ -76,6 +74,19 @@ class World:
         """Leave the process group at the end of a run; NCCL warns where that is left out."""
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
+
+
+def _broadcast(box: list[Any]) -> None:
+    """Hand over what rank 0 has; raise RankStopped where one of the two has gone meanwhile."""
+    from accelerate.utils import broadcast_object_list
+
+    try:
+        broadcast_object_list(box, from_process=0)
+    except RuntimeError as error:  # of torch.distributed, when the connection is closed
+        reason = " ".join(str(error).split())[:200]
+        raise RankStopped(
+            f"a rank ended before the run had begun ({reason}); see what it printed, then run the same command again"
+        ) from error
 
 
 def join_deepspeed() -> None:

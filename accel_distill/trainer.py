@@ -28,6 +28,7 @@ from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_jobs import SparseJob, sparse_chunks
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
+from accel_distill.recent_losses import RecentLosses
 from accel_distill.shuffle import window_sampler
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class DistillationTrainer(Trainer):
         self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
         self._has_gradient = False  # from its loss; seen in the first step
         self._clock: float | None = None  # when counting began, less the time of evaluations
+        self._recent = RecentLosses()
 
     def compute_loss(
         self,
@@ -87,6 +89,7 @@ class DistillationTrainer(Trainer):
         teacher_ce = -inputs["teacher_logprob"].sum()
         self._since_log += torch.stack([kd - entropy, ce, kl - entropy, teacher_ce, ce.new_tensor(positions)])
         loss = ran.loss - self.objective.kd_weight * entropy * factor
+        self._recent.note(self.state.global_step, inputs["sample_index"], loss)
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -106,6 +109,7 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
+        self._check_losses()
         if "loss" in logs:  # on every process alike
             *sums, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
             self._since_log.zero_()
@@ -135,6 +139,16 @@ class DistillationTrainer(Trainer):
         if self._clock is not None:
             self._clock += time.perf_counter() - started
         return metrics
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Save, but not what a loss that is not finite has gone into."""
+        self._check_losses()
+        super()._save_checkpoint(*arguments, **named)
+
+    def _check_losses(self) -> None:
+        """Raise NotFinite, on every process, where a loss of one was not finite since the last time."""
+        sums = self.accelerator.reduce(self._since_log, reduction="sum")
+        self._recent.check(is_finite_everywhere=bool(sums.isfinite().all()))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with the last samples also where training drops an incomplete batch."""
