@@ -35,7 +35,7 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_plan,
 )
-from accel_distill.publish import remove_stale, replace
+from accel_distill.publish import remove_stale, replace, told_errors
 from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
 from accel_distill.stream import TextStream, file_sha256
 from accel_distill.teacher import load_teacher_config
@@ -325,7 +325,8 @@ def _environment() -> dict[str, Any]:
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
     """Save the tokenizer beside the shards: training reads it from there."""
-    with tempfile.TemporaryDirectory() as temporary:
+    saving = told_errors(path / "tokenizer", "the tokenizer was to be saved")
+    with saving, tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).rglob("*")):
             target = path / "tokenizer" / file.relative_to(temporary)

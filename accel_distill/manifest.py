@@ -9,6 +9,7 @@ The one decision: there is no mutable index. What is committed is what `shards/`
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import numpy as np
 
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
-from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
+from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DamagedCache, DiskGuard
 from accel_distill.publish import publish, replace, sync_directory
 from accel_distill.record_checks import SUMMED, check_format, check_identity, check_manifest, check_plan, check_ranks
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
@@ -104,12 +105,14 @@ def scratch(path: Path) -> Path:
 
 
 def make_directories(path: Path) -> None:
-    """Make a cache's directories, durably; raise ConfigError where that is not possible."""
+    """Make a cache's directories, durably; raise DiskGuard for a full disk, ConfigError where it is not possible."""
     try:
         for directory in (path, path / "shards", scratch(path), path / "logs"):
             directory.mkdir(parents=True, exist_ok=True)
         sync_directory(path)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskGuard(f"cache.path: {path} cannot be made ({error.strerror}); make room, {TO_GO_ON}") from error
         raise ConfigError(
             f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to"
         ) from error

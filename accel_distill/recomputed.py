@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accel_distill.cache import CachedSample
 from accel_distill.lm_head import separate_head
-from accel_distill.losses import sparse_cross_entropy, student_logprobs, top_k_forward_kl
+from accel_distill.losses import Entries, Objective, outcomes, student_logprobs
 from accel_distill.targets import SparseTargets, read_logits, sample
 from accel_distill.teacher import Sampling
 
@@ -91,11 +91,11 @@ class Recomputer:
 
     def _divergence(self, logits: Tensor, target: SparseTargets) -> Tensor:
         """Return KL (top_k: of k + 1 outcomes), or cross-entropy where the target is a sample, (n,), without T^2."""
-        temperature = self._sampling.temperature
-        by_method = {"top_k": top_k_forward_kl}
-        loss = by_method.get(self._sampling.method, sparse_cross_entropy)
-        offsets, ids, weights = (tensor.to(logits.device) for tensor in target.entries())
-        return loss(logits, (offsets, ids, weights), temperature=temperature) / temperature**2
+        temperature, (offsets, ids, weights) = self._sampling.temperature, target.entries()
+        entries: Entries = (offsets.to(logits.device), ids.to(logits.device), weights.to(logits.device))
+        objective = Objective(kind=self._sampling.method, temperature=temperature)
+        seen = outcomes(logits, entries, temperature=temperature)
+        return objective.from_outcomes(seen, entries, vocab_size=logits.shape[-1])[1] / temperature**2
 
     def _impossible(self, logits: Tensor, target: SparseTargets) -> int:
         """Return how many ids have a weight in the target and no chance at the teacher."""

@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from layout_run import deepspeed_settings
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
-from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.config import LossConfig, RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import _data_record, main, split_items, train, training_arguments
+from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -141,6 +143,45 @@ def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Pat
     assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
 
 
+WITHOUT_COMPILING = """
+import sys
+import deepspeed
+from accel_distill.train import main
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_zero3_asked_for_in_the_run_file_starts_and_ends_with_the_weights_of_one_process(
+    run: Path, tmp_path: Path
+) -> None:
+    plain = {"optim": "sgd", "learning_rate": 0.5}
+    expected = train(configured(run, tmp_path / "one", training=plain))
+    deepspeed = deepspeed_settings(3)
+    training = plain | {"per_device_train_batch_size": 2, "deepspeed": deepspeed}
+    for name, changes in [
+        ("scratch", {}),
+        ("pretrained", {"student": {"config": None, "model": str(tmp_path / "one")}}),
+    ]:
+        settings = training if name == "scratch" else training | {"learning_rate": 0.0, "max_steps": 1}
+        config = configured(run, tmp_path / name, training=settings, **changes)
+        (tmp_path / f"{name}.yaml").write_text(resolved_yaml(config))
+        (tmp_path / "main.py").write_text(WITHOUT_COMPILING)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "main.py")]
+        command = [sys.executable, *launch, "--config", str(tmp_path / f"{name}.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = results(tmp_path / name)
+        assert (found["world_size"], found["distributed_type"]) == (2, "DEEPSPEED")
+        assert found["eval_kl"] == pytest.approx(expected["eval_kl"], rel=1e-5)
+        one = load_file(tmp_path / "one" / "model.safetensors")
+        two = load_file(tmp_path / name / "model.safetensors")
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-5)
+
+
 def test_a_student_that_is_the_teacher_has_its_cross_entropy_and_almost_no_kl(run: Path, tmp_path: Path) -> None:
     teacher = {"config": None, "model": str(run / "teacher")}
     metrics = train(configured(run, tmp_path, student=teacher, training={"learning_rate": 0.0, "max_steps": 1}))
@@ -162,6 +203,25 @@ def test_temperature_and_method_are_taken_from_the_cache(run: Path, tmp_path: Pa
     metrics = train(configured(run, tmp_path / "out", **changes | {"targets": {}}))
     assert metrics["eval_positions"] > 50
     assert abs(metrics["eval_kl"]) < 1e-3  # another temperature or divergence gives the teacher more than 0.1
+
+
+def test_a_top_k_cache_allows_other_divergences_and_the_run_file_has_to_say_top_k(run: Path, tmp_path: Path) -> None:
+    made: dict[str, dict[str, Any]] = {
+        "targets": {"method": "top_k", "top_k": 16},
+        "cache": {"path": tmp_path / "cache"},
+        "loss": {"divergence": "jsd", "jsd_beta": 0.3, "ce_weight": 0.1},
+    }
+    generate(configured(run, tmp_path, **made))
+    metrics = train(configured(run, tmp_path / "out", **made))
+    assert 0 < metrics["eval_kd"] < metrics["eval_kl"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_kd"] + 0.1 * metrics["eval_ce"])
+    with pytest.raises(ValidationError, match="jsd cannot be taken from threshold targets"):
+        configured(run, tmp_path / "out", **made | {"targets": {}})
+    with pytest.raises(CacheMismatch, match="targets.method is top_k, but the cache .* threshold"):
+        train(configured(run, tmp_path / "out", **made | {"cache": {}}))
+    pair = LossConfig(divergence="tvd"), TeacherCache(run / "cache")
+    with pytest.raises(ConfigError, match="section loss: tvd cannot be taken from threshold targets"):
+        objective(*pair)
 
 
 def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run: Path, tmp_path: Path) -> None:
