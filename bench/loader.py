@@ -95,7 +95,7 @@ def make_cache(path: Path, proxy: Proxy, *, shards: int, repeat: int) -> None:
         "format": FORMAT,
         "teacher": {"vocab_size": len(ids_by_rank), "dtype": "float32"},
         "tokenizer": {"size": len(ids_by_rank)},
-        "dataset": {"name": "made", "config_name": None, "split": "train", "text_column": "text"},
+        "dataset": {"name": "proxy", "config_name": None, "split": "train", "text_column": "text"},
         "sequence": {
             "max_length": 2048,
             "long_documents": "truncate",
