@@ -6,7 +6,7 @@ byte is used, and a few are kept open. Nothing is opened when it is made, so it 
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from accel_distill.targets import SparseTargets
 
-OPEN_POSITIONS = 4_000_000  # of the shards that stay open, decoded: about 50 bytes each, so 200 MB a process
-LEAST_OPEN, MOST_OPEN = 2, 64  # shards, however large or small
+OPEN_BYTES = (
+    64_000_000  # of the shard files that stay open, one at least; decoded they take 3 to 5 times as much memory
+)
+MOST_OPEN = 64  # shards, however small
 BLOCK_TOKENS = 16_384  # decoded at once: fewer make the array operations small, more make a single sample slow
 
 
@@ -64,6 +66,7 @@ class TeacherCache:
             )
         self.samples: int = sum(shard["samples"] for shard in self._shards)  # of the stream
         self._length: int = sum(shard["sequences"] for shard in self._shards)
+        self.processes = 1  # that read this cache, each other samples of one order; dataloader workers are seen
         self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -154,10 +157,15 @@ class TeacherCache:
         """(len,) int64: the number of the shard that each item is in."""
         return self._places[:, 0]
 
-    @cached_property
+    @property
     def shard_positions(self) -> np.ndarray:
         """(shards,) int64: how many positions with a target each shard holds."""
         return np.array([shard["positions"] for shard in self._shards], np.int64)
+
+    @cached_property
+    def shard_bytes(self) -> np.ndarray:
+        """(shards,) int64: the size of each shard's file."""
+        return np.array([shard["bytes"] for shard in self._shards], np.int64)
 
     @property
     def _places(self) -> np.ndarray:
@@ -193,25 +201,42 @@ class TeacherCache:
             return self._open[number]
         shard = self._shards[number]
         path = self._record.shard_path(shard["group"], shard["lane"], shard["samples"])
-        opened = self._open[number] = _Shard(path, self._record, expected=shard)
+        alone = self.processes * _workers() == 1
+        opened = self._open[number] = _Shard(path, self._record, expected=shard, by_blocks=alone)
         while self._too_many_open():
             self._open.popitem(last=False)[1].close()
         return opened
 
     def _too_many_open(self) -> bool:
         count = len(self._open)
-        return count > MOST_OPEN or (
-            count > LEAST_OPEN and self.shard_positions[list(self._open)].sum() > OPEN_POSITIONS
-        )
+        return count > MOST_OPEN or (count > 1 and self.shard_bytes[list(self._open)].sum() > OPEN_BYTES)
+
+
+def _workers() -> int:
+    """Return how many workers the DataLoader has in which this runs, 1 outside of any."""
+    from torch.utils.data import get_worker_info
+
+    info = get_worker_info()
+    return info.num_workers if info else 1
 
 
 class _Shard:
-    """The rows of one open shard, decoded a block at a time; blocks stay decoded while the shard is open."""
+    """The rows of one open shard.
 
-    def __init__(self, path: Path, record: Record, *, expected: dict[str, Any]) -> None:
+    For a single reader they are decoded by blocks, which stay while the shard is open. Of several readers each wants
+    other rows of every block, so each decodes its rows alone, from chunks that stay inflated.
+    """
+
+    def __init__(self, path: Path, record: Record, *, expected: dict[str, Any], by_blocks: bool) -> None:
         """Open the shard; `expected` is what the manifest says of it."""
         self._record = record
-        self._reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
+        self._reader = RowReader(
+            path,
+            method=record.method,
+            parameter=record.parameter,
+            ids_by_rank=record.ids_by_rank,
+            keep_chunks=not by_blocks,
+        )
         header = self._reader.header
         if (found := manifest_entry(path.name, header)) != expected:
             key = next(key for key in found if found[key] != expected[key])
@@ -220,19 +245,24 @@ class _Shard:
             check_dealing(record, header, self._reader.sample_index)
         self.sample_indices = self._reader.sample_index
         self.has_target = self._reader.row_positions > 0
-        self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens))
+        self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens)) if by_blocks else None
         self._blocks: dict[int, _Block] = {}
 
     def sample(self, row: int) -> CachedSample:
         """Return one row."""
+        if self._block_rows is None:
+            return self._read(row, row + 1).sample(0)
         number, inside = divmod(row, self._block_rows)
         if number not in self._blocks:
             first = number * self._block_rows
-            rows = self._reader.read(first, min(first + self._block_rows, len(self._reader)))
-            with self._reader.damaged_by(f"rows from {first}: "):
-                check_rows(self._record, rows, every_position=not self._reader.header.nonfinite, distinct=False)
-            self._blocks[number] = _Block(rows, method=self._record.method, parameter=self._record.parameter)
+            self._blocks[number] = self._read(first, min(first + self._block_rows, len(self._reader)))
         return self._blocks[number].sample(inside)
+
+    def _read(self, first: int, last: int) -> "_Block":
+        rows = self._reader.read(first, last)
+        with self._reader.damaged_by(f"rows from {first}: "):
+            check_rows(self._record, rows, every_position=not self._reader.header.nonfinite, distinct=False)
+        return _Block(rows, method=self._record.method, parameter=self._record.parameter)
 
     def close(self) -> None:
         """Close the file."""
@@ -243,9 +273,11 @@ class _Block:
     """Decoded rows, and where each of them starts."""
 
     def __init__(self, rows: Rows, *, method: Method, parameter: float) -> None:
-        self._rows, self._method, self._parameter = rows, method, parameter
+        self._method, self._parameter = method, parameter
         self._heads = offsets(rows.targets["head_count"])[rows.positions]
         self._tails = offsets(rows.targets["tail_count"])[rows.positions]
+        narrow = {name: _narrowed(values) for name, values in rows.targets.items()}
+        self._rows = replace(rows, targets=narrow, input_ids=_narrowed(rows.input_ids))
 
     def sample(self, row: int) -> CachedSample:
         import torch
@@ -267,3 +299,8 @@ class _Block:
             teacher_entropy=float(rows.entropy[row]),
             teacher_logprob=float(rows.logprob[row]),
         )
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    """Return values, none below 0, as the narrowest unsigned integers that hold them."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))

@@ -124,13 +124,18 @@ def _check_mask(mask: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> 
 class RowReader:
     """Reads ranges of rows of one shard file. Raises DamagedCache, naming the file, for all that does not fit."""
 
-    def __init__(self, path: Path, *, method: Method, parameter: float, ids_by_rank: np.ndarray) -> None:
-        """Open the shard, and read and check the columns that say how much of each other column is a row's."""
+    def __init__(
+        self, path: Path, *, method: Method, parameter: float, ids_by_rank: np.ndarray, keep_chunks: bool = False
+    ) -> None:
+        """Open the shard, and read and check the columns that say how much of each other column is a row's.
+
+        `keep_chunks` is for many reads of few rows: what they inflate stays in memory.
+        """
         self._method, self._parameter, self._ids_by_rank = method, parameter, ids_by_rank
         self._packed = (*PACKED[method], INPUT_IDS)
         dtypes = row_columns(method, parameter)
         self._columns = [name for name in dtypes if name in COUNTED_BY]
-        self._file = ShardFile(path, dtypes=dtypes)
+        self._file = ShardFile(path, dtypes=dtypes, keep_chunks=keep_chunks)
         try:
             self.sample_index = self._exactly(self.header.sequences, "sample_index")
             self._starts = {name: self._row_starts(name) for name in ("tokens", "positions", "heads", "tails")}

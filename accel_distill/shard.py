@@ -111,9 +111,13 @@ def read_header(path: Path) -> ShardHeader:
 class ShardFile:
     """A shard opened for reading: checked, then read a range of a column at a time."""
 
-    def __init__(self, path: Path, *, dtypes: Mapping[str, np.dtype]) -> None:
-        """Open `path` and check it against its header and the columns that it must have."""
+    def __init__(self, path: Path, *, dtypes: Mapping[str, np.dtype], keep_chunks: bool = False) -> None:
+        """Open `path` and check it against its header and the columns that it must have.
+
+        With `keep_chunks` what was inflated stays in memory until `close`: for a reader of small ranges everywhere.
+        """
         self.path = path
+        self._kept: dict[tuple[str, int], np.ndarray] | None = {} if keep_chunks else None
         self.header = _verify_image(path)
         with _hdf5(path, "it cannot be opened"):
             self._file = h5py.File(path, "r", locking=False)
@@ -152,8 +156,15 @@ class ShardFile:
             return np.zeros(0, column.dtype)
         chunk = column.chunks[0]
         first = start // chunk * chunk
-        parts = [self._inflate(name, at) for at in range(first, stop, chunk)]
-        return np.concatenate(parts)[start - first : stop - first]
+        parts = [self._chunk(name, at) for at in range(first, stop, chunk)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[start - first : stop - first]
+
+    def _chunk(self, name: str, at: int) -> np.ndarray:
+        if self._kept is None:
+            return self._inflate(name, at)
+        if (name, at) not in self._kept:
+            self._kept[name, at] = self._inflate(name, at)
+        return self._kept[name, at]
 
     def _inflate(self, name: str, at: int) -> np.ndarray:
         """Return one chunk, never inflating more than its declared size."""

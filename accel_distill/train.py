@@ -67,6 +67,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     world = start_processes()
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
+    cache.processes = world.world_size
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
     record = _data_record(config, cache, arguments, world_size=world.world_size)
     if checkpoint := arguments.resume_from_checkpoint:

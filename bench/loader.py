@@ -70,6 +70,9 @@ def measure(path: Path) -> list[dict[str, Any]]:
     sampler = window_sampler(cache, seed=0, epoch=lambda: 0)
     assert sampler is not None
     timed("samples in training's order", (cache[item] for item in sampler))
+    cache = TeacherCache(path)
+    cache.processes = 2
+    timed("the same, one of several readers", (cache[item] for item in sampler))
     dataset: Any = TeacherCache(path)
     for workers in (0, 1, 2):
         timed(

@@ -130,7 +130,7 @@ def test_the_loaders_cache_holds_the_file_in_every_shard_and_is_read_in_training
     proxy = read_proxy(small_proxy)
     loader.make_cache(tmp_path / "cache", proxy, shards=3, repeat=2)
     results = loader.measure(tmp_path / "cache")
-    assert {row["positions"] for row in results} == {3 * 2 * 700} and len(results) == 5
+    assert {row["positions"] for row in results} == {3 * 2 * 700} and len(results) == 6
     assert all(row["positions_per_s"] > 0 for row in results)
     cache = loader.TeacherCache(tmp_path / "cache")
     sampler = window_sampler(cache, seed=0, epoch=lambda: 0)

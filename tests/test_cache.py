@@ -137,17 +137,34 @@ def test_it_opens_no_shard_until_an_item_is_asked_for(copied: Path) -> None:
         cache[0]
 
 
-@pytest.mark.parametrize("least_open", [True, False])
-def test_it_keeps_a_few_shards_open_and_no_more(least_open: bool, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if least_open:
-        monkeypatch.setattr(cache_module, "OPEN_POSITIONS", 1)
+@pytest.mark.parametrize("by_size", [True, False])
+def test_it_keeps_a_few_shards_open_and_no_more(by_size: bool, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TeacherCache(made)
+    if by_size:
+        monkeypatch.setattr(cache_module, "OPEN_BYTES", sum(sorted(cache.shard_bytes.tolist())[:3]) - 1)
     else:
         monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
-    cache = TeacherCache(made)
     for item in [0, 12, 5, 1, 7, 0, 3, 12]:
         assert cache[item].sample_index == item
         assert len(cache._open) <= 2
     assert len(cache._open) == 2
+
+
+def test_a_shard_larger_than_all_that_may_stay_open_is_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "OPEN_BYTES", 1)
+    cache = TeacherCache(made)
+    assert [cache[item].sample_index for item in range(13)] == list(range(13))
+    assert len(cache._open) == 1
+
+
+@pytest.mark.parametrize("method", ["threshold", "top_k", "random"])
+def test_one_of_several_processes_reads_the_same_samples_each_alone(method: Method, tmp_path: Path) -> None:
+    rows = make_rows(LENGTHS, method=method)
+    make_cache(tmp_path, rows, lanes=2, samples_per_shard=3, method=method)
+    cache = TeacherCache(tmp_path)
+    cache.processes = 2
+    check_all(cache, rows)
+    assert not any(shard._blocks for shard in cache._open.values())
 
 
 def test_it_pickles_also_with_shards_open_and_works_in_worker_processes(made: Path) -> None:

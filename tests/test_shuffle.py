@@ -12,11 +12,11 @@ from accel_distill.cache import MOST_OPEN, TeacherCache
 from accel_distill.shuffle import WindowSampler, window_sampler
 
 SHARD_OF_ITEM = np.arange(600) % 20  # 20 shards of 30 items, dealt as lanes are
-POSITIONS = np.full(20, 100)
+SIZES = np.full(20, 100)
 
 
 def sampler(seed: int = 1, window: int = 300) -> WindowSampler:
-    return WindowSampler(SHARD_OF_ITEM, POSITIONS, seed=seed, epoch=lambda: 0, window=window)
+    return WindowSampler(SHARD_OF_ITEM, SIZES, seed=seed, epoch=lambda: 0, window=window)
 
 
 def test_every_item_comes_once_in_every_epoch() -> None:
@@ -51,7 +51,7 @@ def test_a_window_has_at_least_one_shard_and_not_too_many() -> None:
 
 def test_iterating_asks_for_the_epoch_each_time() -> None:
     epoch = 0
-    items = WindowSampler(SHARD_OF_ITEM, POSITIONS, seed=1, epoch=lambda: epoch)
+    items = WindowSampler(SHARD_OF_ITEM, SIZES, seed=1, epoch=lambda: epoch)
     first = list(items)
     epoch = 1
     assert list(items) != first == items.order(0).tolist()
@@ -65,6 +65,7 @@ def test_a_subset_of_a_cache_is_shuffled_by_its_own_shards(tmp_path: Path) -> No
     assert found is not None and sorted(found) == list(range(20))
     assert found._shard_of_item.tolist() == [cache.shard_of_item[item] for item in range(4, 24)]
     assert cache.shard_positions.tolist() == [16] * 6
+    assert cache.shard_bytes.tolist() == [path.stat().st_size for path in sorted((tmp_path / "shards").iterdir())]
     assert window_sampler(TensorDataset(torch.zeros(3)), seed=0, epoch=lambda: 0) is None
 
 
