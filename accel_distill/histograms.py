@@ -23,8 +23,8 @@ TITLES = {  # of what is measured, in the order in which it is shown
     "entropy": "entropy, nats (by sample)",
     "tokens": "tokens a sample",
 }
-RAMP = "▁▂▃▄▅▆▇█"
-PLAIN_RAMP = ".:-=+*%#"  # for terminals that cannot show the other one
+RAMP = " ▁▂▃▄▅▆▇█"
+PLAIN_RAMP = " .:-=+*%#"  # for terminals that cannot show the other one
 
 
 def measure_positions(record: Record, places: Sequence[tuple[int, int, int]]) -> dict[str, Any]:

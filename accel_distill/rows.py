@@ -21,7 +21,6 @@ from accel_distill.codec import (
     column_dtypes,
     decode,
     encode,
-    expect_length,
     ids_of_ranks,
     narrow,
     offsets,
@@ -75,7 +74,7 @@ def encode_rows(rows: Rows, *, method: Method, parameter: float, ranks: np.ndarr
         "entropy": np.rint(rows.entropy * STAT_STEPS).astype(np.int64),
         "logprob": np.rint(rows.logprob * STAT_STEPS).astype(np.int64),
         "target_mask": np.packbits(rows.target_mask, bitorder="little"),
-        **pack_column(ranks[rows.input_ids], rows.tokens, name=INPUT_IDS),
+        **pack_column(_token_codes(rows, ranks), rows.tokens, name=INPUT_IDS),
     }
     fixed = {
         name: values.astype(dtype) if dtype.kind == "i" else narrow(values, dtype, name=name)
@@ -83,6 +82,43 @@ def encode_rows(rows: Rows, *, method: Method, parameter: float, ranks: np.ndarr
         for values in [plain[name]]
     }
     return fixed | encode(rows.targets, method=method, parameter=parameter, ranks=ranks, rows=rows.positions)
+
+
+def _token_codes(rows: Rows, ranks: np.ndarray) -> np.ndarray:
+    """Return a number for each token: its place among the head ids of the position before it, which predicts it well.
+
+    A token that is none of the h head ids is h + its frequency rank; h = 0 where the position before has no target.
+    """
+    codes, head_count = ranks[rows.input_ids], rows.targets["head_count"]
+    following = np.flatnonzero(rows.target_mask) + 1  # each position's next token
+    codes[following] += head_count
+    position = np.repeat(np.arange(len(head_count)), head_count)
+    hit = np.flatnonzero(rows.targets["head_ids"] == rows.input_ids[following[position]])
+    codes[following[position[hit]]] = hit - offsets(head_count)[position[hit]]
+    return codes
+
+
+def _tokens_of_codes(codes: np.ndarray, mask: np.ndarray, targets: Arrays, ids_by_rank: np.ndarray) -> np.ndarray:
+    """Return the tokens (T,) int32 of `_token_codes`; raise ValueError for a rank beyond the vocabulary."""
+    following, head_count = np.flatnonzero(mask) + 1, targets["head_count"]
+    place = codes[following]
+    is_head = place < head_count
+    ranks = codes.copy()
+    ranks[following] -= np.where(is_head, place, head_count)
+    tokens = ids_of_ranks(ranks, ids_by_rank, name=INPUT_IDS)
+    tokens[following[is_head]] = targets["head_ids"][(offsets(head_count)[:-1] + place)[is_head]]
+    return tokens
+
+
+def _check_mask(mask: np.ndarray, tokens: np.ndarray, positions: np.ndarray) -> None:
+    """Raise ValueError where a row's targets are not as many as it says, or its last token has one."""
+    found = np.diff(offsets(mask)[tokens])
+    if (found != positions).any():
+        row = int((found != positions).argmax())
+        raise ValueError(f"column target_mask says {found[row]} targets in a row that says {positions[row]}")
+    last = tokens[1:][np.diff(tokens) > 0] - 1
+    if mask[last].any():
+        raise ValueError("column target_mask: a row's last token carries a target, but has no next token")
 
 
 class RowReader:
@@ -141,8 +177,8 @@ class RowReader:
         mask = self._mask(int(tokens[0]), int(tokens[-1]))
         try:
             targets = decode(columns, method=self._method, parameter=self._parameter, ids_by_rank=self._ids_by_rank)
-            ids = ids_of_ranks(unpack_column(columns, INPUT_IDS), self._ids_by_rank, name=INPUT_IDS)
-            expect_length("target_mask", np.flatnonzero(mask), positions[-1] - positions[0])
+            _check_mask(mask, tokens - tokens[0], np.diff(positions))
+            ids = _tokens_of_codes(unpack_column(columns, INPUT_IDS), mask, targets, self._ids_by_rank)
         except ValueError as error:
             raise self.damaged(f"rows {first} to {last - 1}: {error}") from error
         rows = slice(first, last)

@@ -240,7 +240,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     labels = {"threshold": "threshold t", "random": "random draws N", "top_k": "top k, renormalised (biased)"}
@@ -251,7 +251,10 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         for found, right, up in zip(curve, x, y, strict=True):
             axes.annotate(f"{found['parameter']:g}", (right, up), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="bytes a position, without input_ids", ylabel="E|w - p|²")
-    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.xaxis.set_major_locator(ticker.FixedLocator([4, 6, 10, 15, 20, 40, 70, 140]))
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(visible=True, alpha=0.25)
     axes.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -256,6 +256,18 @@ def beyond_the_vocabulary(column: str) -> Any:
     return change
 
 
+def one_target_more(columns: dict[str, np.ndarray]) -> None:
+    """Let the last token of the first row carry a target."""
+    byte, bit = divmod(int(columns["row_tokens"][0]) - 1, 8)
+    columns["target_mask"][byte] |= 1 << bit
+
+
+def move_the_first_target(columns: dict[str, np.ndarray]) -> None:
+    """Give the last token of the first row the first one's target."""
+    one_target_more(columns)
+    columns["target_mask"][0] ^= 1
+
+
 HOSTILE_VALUES: dict[str, tuple[Any, str]] = {
     "an input id beyond the vocabulary": (beyond_the_vocabulary("input_ids"), "column input_ids: rank 6[0-3], but"),
     "a head id beyond the vocabulary": (beyond_the_vocabulary("head_ids"), "column head_ids: rank 6[0-3], but"),
@@ -268,7 +280,8 @@ HOSTILE_VALUES: dict[str, tuple[Any, str]] = {
     "more tokens in a row": (set_first("row_tokens", 10**9), "column row_tokens sums to .* and its header says"),
     "more heads in a row": (set_first("row_heads", 10**9), "column rest_values has 0 elements, expected 9999"),
     "more bits in a row": (set_first("row_tail_ids_bits", 2**32 - 1), "column tail_ids_bits has .* elements, expected"),
-    "a target at a last token": (set_first("target_mask", 255), "target_mask holds .* values where its counts say"),
+    "a target too many": (one_target_more, "target_mask says 9 targets in a row that says 8"),
+    "a target at a last token": (move_the_first_target, "a row's last token carries a target, but has no next token"),
 }
 
 

@@ -108,6 +108,6 @@ def test_the_text_shows_histograms_also_where_the_terminal_has_no_block_characte
         return subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment).stdout
 
     text = run("utf-8").decode()
-    assert "█" in text and re.search(r"mass of the head +0\.\d\d  [▁▂▃▄▅▆▇█]{12}  0 to 1", text)
+    assert "█" in text and re.search(r"mass of the head +0\.\d\d  [ ▁▂▃▄▅▆▇█]{12}  0 to 1", text)
     assert re.search(r"bytes a position: ids \d+\.\d\d, weights \d+\.\d\d, input_ids \d+\.\d\d, all else \d+", text)
     assert "#" in run("ascii").decode("ascii")
