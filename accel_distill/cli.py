@@ -23,6 +23,8 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
+  sizes --bytes-per-position X --positions-per-second Y
+                                                print what caches take, from 10 k to 100 M samples
   demo                                          the whole way on a small example, in minutes on a CPU
   --version, --help
 
@@ -74,6 +76,13 @@ def verify(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def sizes(argv: list[str]) -> int:
+    """Print what caches of several sizes take."""
+    from accel_distill import sizes as command
+
+    return command.main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """Run the main job end to end on an example that needs no download."""
     from accel_distill import demo as example
@@ -86,6 +95,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "inspect": inspect,
     "verify": verify,
+    "sizes": sizes,
     "demo": demo,
 }
 

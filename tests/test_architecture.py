@@ -18,6 +18,7 @@ FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = {
     "deal": 0,
     "errors": 0,
+    "figures": 0,
     "lm_head": 0,
     "losses": 0,
     "packing": 0,
@@ -64,6 +65,7 @@ FLOORS = {
     "train": 9,
     "verify": 9,
     "demo": 10,
+    "sizes": 10,
     "__init__": 11,
     "cli": 11,
     "__main__": 12,

@@ -7,7 +7,7 @@ import pytest
 
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import load_config
-from bench.sizes import table
+from accel_distill.sizes import table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -31,7 +31,7 @@ def test_the_run_file_is_valid_with_every_override_that_the_readme_shows(tmp_pat
 
 
 def test_the_table_of_sizes_is_what_its_command_prints():
-    command = re.search(r"bench/sizes.py --bytes-per-position (\S+) --positions-per-second (\d+)`", TEXT)
+    command = re.search(r"accel-distill sizes --bytes-per-position (\S+) --positions-per-second (\d+)`", TEXT)
     assert command is not None
     assert table(float(command[1]), float(command[2])) in TEXT
 
