@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accel_distill import __version__
-from accel_distill.command_line import OneSentenceParser, parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, OneSentenceParser, parse_flagged
 from accel_distill.errors import ConfigError, exit_with
 
 TEMPLATE = Path(__file__).with_name("run_file.yaml")
@@ -21,6 +21,8 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
 
   init                                          print a commented run file to start from
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
+  estimate --config FILE [section.key=value ...] [--json] [--probe N] [--processes W] [--no-teacher]
+                                                say what the cache will take, measured on some samples
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
   sizes --bytes-per-position X --positions-per-second Y
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(argv: list[str]) -> int:
     """Validate a run file and its overrides, and say in one line what it would do."""
-    path, overrides = parse_arguments(argv, prog="accel-distill check")
+    arguments = parse_flagged(argv, prog="accel-distill check", flags=GENERATE_FLAGS)  # the launch scripts pass them on
+    path, overrides = arguments.config, arguments.overrides
     from accel_distill.config import load_config
 
     config = load_config(path, overrides)
@@ -60,6 +63,13 @@ def init(argv: list[str]) -> int:
     OneSentenceParser(prog="accel-distill init", description="Print a commented run file.").parse_args(argv)
     print(TEMPLATE.read_text(encoding="utf-8"), end="")
     return 0
+
+
+def estimate(argv: list[str]) -> int:
+    """Say what a run will take."""
+    from accel_distill import estimate as command
+
+    return command.main(argv)
 
 
 def inspect(argv: list[str]) -> int:
@@ -93,6 +103,7 @@ def demo(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": init,
     "check": check,
+    "estimate": estimate,
     "inspect": inspect,
     "verify": verify,
     "sizes": sizes,

@@ -25,6 +25,12 @@ def duration(seconds: float) -> str:
     return _scaled(seconds, TIMES)
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a number of things: 1 process, 2,000 processes."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def _scaled(number: float, units: Sequence[tuple[float, str]]) -> str:
     """Return `number` with three digits in the first unit that does not exceed it, or else in the last."""
     scale, unit = next(((scale, unit) for scale, unit in units if abs(number) >= scale), units[-1])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accel_distill.alive import Ranks, make_files
-from accel_distill.command_line import parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
@@ -43,6 +43,7 @@ from accel_distill.processes import World, leave_processes, refuse_sharding, sta
 from accel_distill.progress import Progress
 from accel_distill.publish import publish, replace, sync_directory, temporary_name
 from accel_distill.reading import Reading
+from accel_distill.run_plan import refuse_what_cannot_fit
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
 from accel_distill.stopping import Stop, stop_on_signals
 from accel_distill.stream import TextStream, Walk, is_pinned
@@ -63,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
 
     def run() -> int:
-        path, overrides = parse_arguments(argv, "accel_distill.generate")
+        arguments = parse_flagged(argv, "accel_distill.generate", flags=GENERATE_FLAGS)
         with stop_on_signals() as stop:
             try:
-                generate(load_config(path, overrides), stop=stop)
+                generate(load_config(arguments.config, arguments.overrides), stop=stop, force=arguments.force)
             finally:
                 leave_processes()
         return 0
@@ -74,16 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def generate(config: RunConfig, *, stop: Stop | None = None) -> dict[str, Any]:
+def generate(config: RunConfig, *, stop: Stop | None = None, force: bool = False) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
     Raises the RunErrors of errors.py. Every rank of the run calls it. `stop` lets what is seen beside the work (a rank
-    that died, a disk that fills up) end the work at once.
+    that died, a disk that fills up) end the work at once. `force` begins a run that cannot fit the disk.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
+    if not force:
+        world.from_main(lambda: refuse_what_cannot_fit(config, processes=world.world_size))
     record, committed, run = world.from_main(lambda: _open(config, world))
     config = _pinned(config, record)
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
