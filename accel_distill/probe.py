@@ -81,8 +81,10 @@ def run_probe(
     )
     some = part_of(content, range(EVERY // 2 % len(texts), len(texts), EVERY))
     base = max(len(own.encode(some)) - shard.fixed, 1.0)
-    ratios: dict[tuple[Method, float], float] = {}
+    ratios: dict[tuple[Method, float], float] = {(targets.method, targets.parameter): 1.0}
     for method, parameter in others:
+        if (method, parameter) in ratios:
+            continue
         maker = _maker(config, method, parameter, teacher, tokenizer, lengths.id_counts)
         ratios[method, parameter] = max(len(maker.encode(maker.compute(some.shard))) - shard.fixed, 0.0) / base
     memory = sum(values.nbytes for values in content.targets.arrays().values())
@@ -90,7 +92,7 @@ def run_probe(
         samples=len(texts),
         positions=content.positions,
         shard=shard,
-        others=ratios,
+        others={place: ratios[place] for place in others},
         seconds_per_padded_token=seconds.times(1 / max(padded, 1)),
         encode_seconds=encode_seconds,
         load_seconds=load_seconds,
