@@ -1,16 +1,19 @@
 """Some samples of a run through its real teacher, sampler and encoder: bytes and seconds of a position.
 
 The one decision: what is measured is what `generate` does, by its own `ShardMaker`. The samples are encoded as one
-shard, and dealt into several, which tells what a shard takes by itself, and how much the bytes of samples differ. The
-other methods are tried on every fourth sample, with a forward of their own, and compared with the run's on the same.
+shard; dealt into two, or into shards of the run's size where that is smaller, which tells what a shard takes by itself;
+and into eight, which tells how much the bytes of samples differ. The other methods are tried on every fourth sample,
+with a forward of their own, and compared with the run's on the same.
 """
 
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +24,8 @@ from accel_distill.config import RunConfig
 from accel_distill.length_sample import LengthSample, spread_by_length
 from accel_distill.manifest import Record
 from accel_distill.pipeline import ShardContent, ShardMaker, batches
-from accel_distill.projection import Interval, ShardBytes, shard_bytes_of
+from accel_distill.projection import Interval, ShardBytes, fixed_bytes, shard_bytes_of
+from accel_distill.rows import RowReader
 from accel_distill.stream import OpenShard
 from accel_distill.targets import concatenate
 from accel_distill.teacher import Sampling, Teacher, load_teacher
@@ -31,7 +35,7 @@ from accel_distill.tokens import SequenceRule, tokenizer_size
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PARTS = 8  # shards into which the samples are dealt, where the run's shards are not smaller than these
+PARTS = 8  # shards into which the samples are dealt, to see how much they differ
 TIMED_FOR = 2.0  # seconds, in at most so many runs:
 TIMED_RUNS = 3
 SLOWER, FASTER = 1.5, 0.7  # than the slowest and fastest of these runs: machines are shared, and get warm
@@ -72,21 +76,20 @@ def run_probe(
     load_seconds = time.monotonic() - begun
     texts = [lengths.texts[k] for k in spread_by_length(lengths.positions, wanted)]  # from short to long
     targets = config.targets
-    own = _maker(config, targets.method, float(targets.parameter), teacher, tokenizer, lengths.id_counts)
-    own.compute(OpenShard(0, 0, texts[-1:]))  # a warm-up
-    content, seconds = _timed(own, texts)
+    own = _encoder(config, targets.method, float(targets.parameter), teacher, tokenizer, lengths.id_counts)
+    own.maker.compute(OpenShard(0, 0, texts[-1:]))  # a warm-up
+    content, seconds = _timed(own.maker, texts)
     padded = _padded_tokens([len(row.ids) for row in content.rows], tokens_per_batch=config.teacher.tokens_per_batch)
-    shard, encode_seconds = _encode(
-        own, content, samples_per_shard=config.cache.samples_per_shard, of=lengths.population
-    )
+    per_shard, of = config.cache.samples_per_shard, lengths.population
+    shard, encode_seconds = _shard_bytes(own, content, samples_per_shard=per_shard, of=of)
     some = part_of(content, range(EVERY // 2 % len(texts), len(texts), EVERY))
-    base = max(len(own.encode(some)) - shard.fixed, 1.0)
+    base = max(own.encode(some).columns, 1)
     ratios: dict[tuple[Method, float], float] = {(targets.method, targets.parameter): 1.0}
     for method, parameter in others:
         if (method, parameter) in ratios:
             continue
-        maker = _maker(config, method, parameter, teacher, tokenizer, lengths.id_counts)
-        ratios[method, parameter] = max(len(maker.encode(maker.compute(some.shard))) - shard.fixed, 0.0) / base
+        other = _encoder(config, method, parameter, teacher, tokenizer, lengths.id_counts)
+        ratios[method, parameter] = other.encode(other.maker.compute(some.shard)).columns / base
     memory = sum(values.nbytes for values in content.targets.arrays().values())
     return Probe(
         samples=len(texts),
@@ -135,30 +138,59 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _maker(
+@dataclass(frozen=True)
+class Encoded:
+    """A shard's file."""
+
+    size: int  # bytes
+    columns: int  # of these, that its columns take; the rest comes in blocks of some thousand
+    positions: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes shards as the run does, and says how large they are."""
+
+    maker: ShardMaker
+    record: Record
+
+    def encode(self, content: ShardContent) -> Encoded:
+        """Return what a shard's file would be."""
+        data, record = self.maker.encode(content), self.record
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "shard.h5"
+            path.write_bytes(data)
+            reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
+            columns = sum(reader.stored_bytes().values())
+            reader.close()
+        return Encoded(len(data), columns, content.positions)
+
+
+def _encoder(
     config: RunConfig,
     method: Method,
     parameter: float,
     teacher: Teacher,
     tokenizer: "PreTrainedTokenizerBase",
     id_counts: np.ndarray,
-) -> ShardMaker:
-    """Return what makes a shard as this run does, with some method; its samples are numbered from 0."""
+) -> Encoder:
+    """Return what makes shards as this run does, with some method; their samples are numbered from 0."""
     identity = {
         "teacher": {"vocab_size": teacher.vocab_size},
         "targets": {"method": method, "parameter": parameter},
         "layout": {"lanes": 1, "samples_per_shard": config.cache.samples_per_shard},
     }
-    targets, settings = config.targets, config.teacher
-    return ShardMaker(
-        Record(config.cache.path, identity, {}, {}, rank_tokens(id_counts)),
+    record = Record(config.cache.path, identity, {}, {}, rank_tokens(id_counts))
+    maker = ShardMaker(
+        record,
         teacher=teacher,
         tokenizer=tokenizer,
         rule=SequenceRule.of(config.dataset),
-        sampling=Sampling(method, parameter, targets.temperature, targets.seed),
-        tokens_per_batch=settings.tokens_per_batch,
-        on_nonfinite=settings.on_nonfinite,
+        sampling=Sampling(method, parameter, config.targets.temperature, config.targets.seed),
+        tokens_per_batch=config.teacher.tokens_per_batch,
+        on_nonfinite=config.teacher.on_nonfinite,
     )
+    return Encoder(maker, record)
 
 
 def _timed(maker: ShardMaker, texts: list[Text]) -> tuple[ShardContent, Interval]:
@@ -173,18 +205,27 @@ def _timed(maker: ShardMaker, texts: list[Text]) -> tuple[ShardContent, Interval
             return content, Interval(FASTER * min(seconds), mid, SLOWER * max(seconds))
 
 
-def _encode(maker: ShardMaker, content: ShardContent, *, samples_per_shard: int, of: int) -> tuple[ShardBytes, float]:
+def _shard_bytes(
+    encoder: Encoder, content: ShardContent, *, samples_per_shard: int, of: int
+) -> tuple[ShardBytes, float]:
     """Encode a shard whole and in parts; return what shards take, and the seconds of a position.
 
     `of` is how many samples there are of which these are some.
     """
     begun, samples = time.monotonic(), len(content.shard.texts)
-    whole = len(maker.encode(content))
+    whole = encoder.encode(content)
     seconds = time.monotonic() - begun
-    count = min(samples, max(PARTS, -(-samples // samples_per_shard)))
-    parts = [part_of(content, range(start, samples, count)) for start in range(count)]
-    sizes = [(len(maker.encode(part)), part.positions) for part in parts]
-    return shard_bytes_of(sizes, whole, samples=samples, population=of), seconds / max(content.positions, 1)
+
+    def dealt(count: int) -> list[Encoded]:
+        count = min(count, samples)
+        return [encoder.encode(part_of(content, range(start, samples, count))) for start in range(count)]
+
+    like_the_runs, eight = dealt(max(2, -(-samples // samples_per_shard))), dealt(PARTS)
+    beside = statistics.mean(part.size - part.columns for part in (whole, *like_the_runs, *eight))
+    fixed = fixed_bytes([(part.columns, part.positions) for part in like_the_runs], whole.columns)
+    parts = [(part.columns, part.positions) for part in eight]
+    columns = shard_bytes_of(parts, whole.columns, fixed=fixed, samples=samples, population=of)
+    return ShardBytes(beside + columns.fixed, columns.per_position), seconds / max(content.positions, 1)
 
 
 def _padded_tokens(lengths: Sequence[int], *, tokens_per_batch: int) -> int:

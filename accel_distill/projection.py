@@ -18,6 +18,7 @@ Verdict = Literal["fits", "tight", "does not fit", "unknown"]
 
 NORMAL = 1.96  # standard errors of 95 %, of many samples ...
 STUDENT = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # ... and of 1 to 10 degrees of freedom
+BLOCKS = 1_500  # bytes: HDF5 allots in blocks, so what a shard takes by itself is known to so much on either side
 COMFORT = 0.8  # of the room; a run whose high figure is below that fits
 MOST_SAMPLES = 10**12
 
@@ -81,24 +82,31 @@ class ShardBytes:
     per_position: Interval
 
 
-def shard_bytes_of(parts: Sequence[tuple[int, int]], whole: int, *, samples: int, population: int) -> ShardBytes:
-    """Return what shards take, from the same samples as one shard of `whole` bytes and dealt into shards of their own.
+def fixed_bytes(parts: Sequence[tuple[int, int]], whole: int) -> float:
+    """Return what a shard takes by itself: what `parts` (bytes, positions) take more than the `whole` of them."""
+    return max(0.0, (sum(size for size, _ in parts) - whole) / (len(parts) - 1)) if len(parts) > 1 else 0.0
 
-    `parts` are (bytes, positions) of the latter; what they take more in all is what a shard takes by itself. They are
+
+def shard_bytes_of(
+    parts: Sequence[tuple[int, int]], whole: int, *, fixed: float, samples: int, population: int
+) -> ShardBytes:
+    """Return what shards take, from a shard of `whole` bytes, and how sure that is, from the same samples in `parts`.
+
+    `parts` are (bytes, positions); what these bytes differ by for each position is what samples differ by. They are
     `samples` of `population`.
     """
     positions = sum(count for _, count in parts)
     if not positions:
         return ShardBytes(float(whole), exactly(0.0))
+    mid = max(0.0, (whole - fixed) / positions)
     if len(parts) < 2:
-        mid = whole / positions
-        return ShardBytes(0.0, exactly(mid) if samples >= population else Interval(0.5 * mid, mid, 2 * mid))
-    fixed = max(0.0, (sum(size for size, _ in parts) - whole) / (len(parts) - 1))
-    each = sum(size - fixed for size, _ in parts) / positions
-    squares = sum((size - fixed - each * count) ** 2 for size, count in parts)
+        return ShardBytes(fixed, exactly(mid) if samples >= population else Interval(0.5 * mid, mid, 2 * mid))
+    own = fixed_bytes(parts, whole)
+    each = sum(size - own for size, _ in parts) / positions
+    squares = sum((size - own - each * count) ** 2 for size, count in parts)
     error = math.sqrt(squares * len(parts) / (len(parts) - 1)) / positions
     half = _quantile(len(parts) - 1) * error * math.sqrt(max(0.0, 1 - samples / population))
-    return ShardBytes(fixed, Interval(max(0.0, each - half), each, each + half))
+    return ShardBytes(fixed, Interval(max(0.0, mid - half), mid, mid + half))
 
 
 def shard_count(layout: Layout, samples: int) -> int:
@@ -109,7 +117,10 @@ def shard_count(layout: Layout, samples: int) -> int:
 
 def shards_bytes(samples: int, *, layout: Layout, positions: Interval, shard: ShardBytes) -> Interval:
     """Return the bytes of all shards of a cache of so many samples, each of so many `positions`."""
-    return product(positions, shard.per_position).times(samples).plus(shard.fixed * shard_count(layout, samples))
+    shards = shard_count(layout, samples)
+    fixed = Interval(max(0.0, shard.fixed - BLOCKS), shard.fixed, shard.fixed + BLOCKS).times(shards)
+    columns = product(positions, shard.per_position).times(samples)
+    return Interval(columns.low + fixed.low, columns.mid + fixed.mid, columns.high + fixed.high)
 
 
 def verdict(needed: Interval, room: float | None) -> Verdict:
