@@ -85,9 +85,7 @@ def generate(config: RunConfig, *, stop: Stop | None = None, force: bool = False
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    if not force:
-        world.from_main(lambda: refuse_what_cannot_fit(config, processes=world.world_size))
-    record, committed, run = world.from_main(lambda: _open(config, world))
+    record, committed, run = world.from_main(lambda: _open(config, world, force=force))
     config = _pinned(config, record)
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
@@ -137,8 +135,10 @@ def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committe
     return start_near(record.path, first_open * layout.group_samples, group_samples=layout.group_samples, read=read)
 
 
-def _open(config: RunConfig, world: World) -> tuple[Record, dict[Place, Committed], str]:
+def _open(config: RunConfig, world: World, *, force: bool) -> tuple[Record, dict[Place, Committed], str]:
     """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
+    if not force:
+        refuse_what_cannot_fit(config, processes=world.world_size)
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
     opening: Opening = open_for_generation(config, world_size=world.world_size, device=world.device)
     record = opening.record
