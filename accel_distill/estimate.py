@@ -38,6 +38,8 @@ from accel_distill.projection import (
 )
 from accel_distill.run_plan import ALTERNATIVES, Plan, from_curves, open_plan, too_large
 
+log = logging.getLogger("accel_distill.estimate")
+
 COUNTED = 4096  # samples that are tokenised
 PROBED = 64  # of these, that the teacher sees
 READ_FOR = 20.0  # seconds of reading a stream, and as many of tokenising
@@ -50,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
 
     def run() -> int:
-        arguments = _parse(argv)
+        arguments = parse_arguments(argv)
         config = load_config(arguments.config, arguments.overrides)
-        _silence()
+        _set_up_logging()
         found = estimate(
             config,
             probe=None if arguments.no_teacher else arguments.probe,
@@ -75,11 +77,13 @@ def estimate(
     `positions_per_second` of all processes replaces the measured speed. Raises the RunErrors of errors.py.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    log.info("counting the lengths of at most %s samples", f"{COUNTED:,}")
     plan = open_plan(config, processes=processes, counted=COUNTED, seconds=READ_FOR)
     measured: Probe | None = None
     if probe is None:
         shard, others = from_curves(config)
     else:
+        log.info("%s of %s samples through the teacher on %s", probe, f"{len(plan.lengths.texts):,}", device.type)
         measured = run_probe(
             config, plan.lengths, tokenizer=plan.tokenizer, wanted=probe, others=ALTERNATIVES, device=device
         )
@@ -197,12 +201,13 @@ def _seconds(
     return product(positions, each).times(1 / _speed_up(plan, device)).plus(alone)
 
 
-def _silence() -> None:
-    """Keep the libraries' own bars away from the table."""
+def _set_up_logging() -> None:
+    """Say on standard error what is done, and keep the libraries' own bars away."""
     import datasets
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
@@ -252,7 +257,8 @@ def _assumptions(plan: Plan, probe: Probe | None, rate: float | None, *, device:
     return said
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the command was given; raise ConfigError for what it does not know."""
     parser = OneSentenceParser(
         prog="accel-distill estimate",
         allow_abbrev=False,

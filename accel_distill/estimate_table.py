@@ -21,9 +21,10 @@ def as_text(found: dict[str, Any]) -> str:
     if found["bytes_per_position"] is not None:
         each = found["variable_bytes_per_position"]
         rows["position"] = (
-            f"{found['bytes_per_position']:.2f} bytes ({each['low']:.2f} to {each['high']:.2f}, and "
-            f"{found['bytes_per_shard']:,.0f} for each of {number_of(found['shards'], 'shard')}; {_source(found)})"
+            f"{found['bytes_per_position']:.2f} bytes: {each['mid']:.2f} ({each['low']:.2f} to {each['high']:.2f}) in "
+            f"columns, and {found['bytes_per_shard']:,.0f} for each of {number_of(found['shards'], 'shard')}"
         )
+        rows["measured"] = _source(found)
     rows["disk"] = f"{mid} ({low} to {high}) in all files of the cache"
     rows["room"] = _room(found)
     if found["seconds"]:
@@ -70,5 +71,5 @@ def _room(found: dict[str, Any]) -> str:
 
 def _source(found: dict[str, Any]) -> str:
     if not found["probed_samples"]:
-        return "from stored curves"
-    return f"{found['probed_samples']} samples of {found['probed_positions']:,} positions through the teacher"
+        return "no: bytes are from stored curves"
+    return f"{found['probed_samples']} samples, {found['probed_positions']:,} positions, through the teacher"

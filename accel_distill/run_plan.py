@@ -39,6 +39,7 @@ SMALL_FILES = 3_200  # bytes of cache.json, plan.json, hints.json and README.txt
 BESIDE_A_SHARD = 490  # bytes of manifest.json and logs/ for each shard
 QUICK_COUNT, QUICK_SECONDS = 256, 0.5  # samples that `generate` tokenises, and seconds of reading for them
 SHORTER = 0.25  # of the samples that local files seem to hold, are taken for sure
+NEARLY = 0.9  # of the samples: so much of a cache is finished without a look
 SMALLER = 0.7  # of the bytes of the samples that are there, are taken for sure for those that come
 
 
@@ -139,13 +140,14 @@ def refuse_what_cannot_fit(config: RunConfig, *, processes: int) -> None:
     Where there is no room at all, or nothing is known of it, that is left to the disk guard.
     """
     cache, dataset = config.cache, config.dataset
+    there = _samples_there(cache.path)
+    if there and (dataset.max_samples is None or there >= NEARLY * dataset.max_samples):
+        return
     room = DiskSpace(cache.path, min_free=cache.min_free_disk, max_bytes=cache.max_bytes).room()
     if room.left is None or room.left <= 0:
         return
-    there = _samples_there(cache.path)
-    if there:
-        more = (dataset.max_samples or 0) - there
-        _refuse_above(room, SMALLER * more * room.used / there, cache.path)
+    if there and dataset.max_samples:
+        _refuse_above(room, SMALLER * (dataset.max_samples - there) * room.used / there, cache.path)
         return
     shard, _ = from_curves(config)
     layout = Layout(cache.lanes or processes, cache.samples_per_shard)
