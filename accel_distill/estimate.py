@@ -44,7 +44,7 @@ COUNTED = 4096  # samples that are tokenised
 PROBED = 64  # of these, that the teacher sees
 READ_FOR = 20.0  # seconds of reading a stream, and as many of tokenising
 NOT_SEEN = 0.02  # of the bytes: what a probe cannot see, as that a full shard has fuller tables
-IN_HAND = 4  # shards' targets in memory: being made, joined, encoded, and what that takes
+IN_HAND = 16  # times a shard's targets in memory, while one is made and one is encoded; measured: 15
 A_STUDENT = 100_000  # positions a second, to say what reading a cache takes
 
 
