@@ -1,9 +1,10 @@
-"""`TeacherCache`: a complete cache as a map-style dataset of samples.
+"""`TeacherCache`: a cache as a map-style dataset of samples.
 
 The one decision: it is a path and a list of shards; files are opened lazily in each process, checked before the first
 byte is used, and a few are kept open. Nothing is opened when it is made, so it pickles to dataloader workers.
 """
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 
 from accel_distill.codec import Method, offsets
 from accel_distill.errors import CacheMismatch
-from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
+from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record, settled_shards
 from accel_distill.rows import RowReader, Rows
 from accel_distill.shard_checks import check_dealing, check_rows
 
@@ -43,18 +44,26 @@ class CachedSample:
 class TeacherCache:
     """The samples of a cache in stream order: `len(cache)`, `cache[n]`; a map-style dataset for any DataLoader."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Read what the cache at `path` is; raise ConfigError where there is none, CacheMismatch while incomplete."""
+    def __init__(self, path: str | Path, *, allow_partial: bool = False) -> None:
+        """Read what the cache at `path` is; raise ConfigError where there is none, CacheMismatch while incomplete.
+
+        With `allow_partial` an incomplete cache is pinned to the shards that are there now; a copy of this object, in
+        another process or later, has the same.
+        """
         self._record = read_record(Path(path))
         manifest = read_manifest(self._record)
-        if manifest is None:
+        self.complete: bool = manifest is not None
+        self._shards: list[dict[str, Any]] = manifest["shards"] if manifest else []
+        if manifest is None and allow_partial:
+            self._shards = settled_shards(self._record)
+        if manifest is None and not self._shards:
             raise CacheMismatch(
-                f"cache {path}: it is not complete (no manifest.json); run the same generate command again, "
-                "which makes what is missing"
+                f"cache {path}: it is not complete ({'it has no shard' if allow_partial else 'no manifest.json'}); run "
+                "the same generate command again, which makes what is missing"
+                + ("" if allow_partial else ", or train on what is there with cache.allow_partial=true")
             )
-        self._shards: list[dict[str, Any]] = manifest["shards"]
-        self.samples: int = manifest["samples"]  # of the stream
-        self._length: int = manifest["sums"]["sequences"]
+        self.samples: int = sum(shard["samples"] for shard in self._shards)  # of the stream
+        self._length: int = sum(shard["sequences"] for shard in self._shards)
         self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -83,6 +92,13 @@ class TeacherCache:
     def cache_id(self) -> str:
         """The sha256 of the identity."""
         return self._record.cache_id
+
+    @property
+    def content_sha256(self) -> str:
+        """The sha256 of the names and headers of the shards, each of which holds the hash of its data."""
+        return hashlib.sha256(
+            "".join(f"{shard['name']} {shard['header_sha256']}\n" for shard in self._shards).encode()
+        ).hexdigest()
 
     @property
     def method(self) -> Method:

@@ -25,6 +25,7 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
                                                 say what the cache will take, measured on some samples
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
+  audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
   sizes --bytes-per-position X --positions-per-second Y
                                                 print what caches take, from 10 k to 100 M samples
   demo                                          the whole way on a small example, in minutes on a CPU
@@ -86,6 +87,13 @@ def verify(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def audit(argv: list[str]) -> int:
+    """Compare some samples of a cache with the teacher."""
+    from accel_distill import audit as command
+
+    return command.main(argv)
+
+
 def sizes(argv: list[str]) -> int:
     """Print what caches of several sizes take."""
     from accel_distill import sizes as command
@@ -106,6 +114,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "estimate": estimate,
     "inspect": inspect,
     "verify": verify,
+    "audit": audit,
     "sizes": sizes,
     "demo": demo,
 }

@@ -6,17 +6,12 @@ died goes on with the same command on any number of ranks. A thread of each look
 """
 
 import functools
-import json
 import logging
 import os
-import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accel_distill.alive import Ranks, make_files
@@ -24,8 +19,8 @@ from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
-from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
-from accel_distill.hints import HintWriter, start_near
+from accel_distill.errors import ConfigError, RunError, exit_with
+from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
 from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
@@ -38,13 +33,14 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_manifest,
 )
-from accel_distill.pipeline import ShardContent, ShardMaker
+from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
-from accel_distill.publish import publish, replace, sync_directory, temporary_name
+from accel_distill.publish import replace, sync_directory, temporary_name
 from accel_distill.reading import Reading
 from accel_distill.run_plan import refuse_what_cannot_fit
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
+from accel_distill.shard_writer import shard_writer
 from accel_distill.stopping import Stop, stop_on_signals
 from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
@@ -65,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         arguments = parse_flagged(argv, "accel_distill.generate", flags=GENERATE_FLAGS)
+        config = load_config(arguments.config, arguments.overrides)
         with stop_on_signals() as stop:
             try:
-                generate(load_config(arguments.config, arguments.overrides), stop=stop, force=arguments.force)
+                generate(config, allow_numerics_drift=arguments.allow_numerics_drift, stop=stop, force=arguments.force)
             finally:
                 leave_processes()
         return 0
@@ -75,17 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def generate(config: RunConfig, *, stop: Stop | None = None, force: bool = False) -> dict[str, Any]:
+def generate(
+    config: RunConfig, *, allow_numerics_drift: bool = False, stop: Stop | None = None, force: bool = False
+) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
-    Raises the RunErrors of errors.py. Every rank of the run calls it. `stop` lets what is seen beside the work (a rank
-    that died, a disk that fills up) end the work at once. `force` begins a run that cannot fit the disk.
+    With `allow_numerics_drift` a cache is gone on with that was begun on another device, or with other batch sizes or
+    attention. `stop` lets what is seen beside the work (a rank that died, a disk that fills up) end the work at once.
+    `force` begins a run that cannot fit the disk. Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    record, committed, run = world.from_main(lambda: _open(config, world, force=force))
+    record, committed, run = world.from_main(
+        lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift, force=force)
+    )
     config = _pinned(config, record)
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
@@ -130,17 +132,19 @@ def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committe
     read = functools.partial(stream.read, tell=tell)
     if not is_pinned(record.identity["dataset"]["source"]):
         return read()  # only the texts themselves tell whether they are those of before
-    layout = record.layout
-    first_open = layout.first_open_group({place: samples for place, (samples, _) in committed.items()})
-    return start_near(record.path, first_open * layout.group_samples, group_samples=layout.group_samples, read=read)
+    return start_late(record.path, committed, layout=record.layout, read=read)
 
 
-def _open(config: RunConfig, world: World, *, force: bool) -> tuple[Record, dict[Place, Committed], str]:
+def _open(
+    config: RunConfig, world: World, *, allow_numerics_drift: bool, force: bool
+) -> tuple[Record, dict[Place, Committed], str]:
     """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
     if not force:
         refuse_what_cannot_fit(config, processes=world.world_size)
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
-    opening: Opening = open_for_generation(config, world_size=world.world_size, device=world.device)
+    opening: Opening = open_for_generation(
+        config, world_size=world.world_size, device=world.device, allow_numerics_drift=allow_numerics_drift
+    )
     record = opening.record
     for note in opening.notes:
         log.warning("%s", note)
@@ -198,7 +202,7 @@ def _make_shards(
         first_group=reading.index // group_samples,
     )
     maker: ShardMaker | None = None
-    with _writer(record, watch, lookout.space) as write:
+    with shard_writer(record, lookout.space, published=lambda positions: watch.positions(-positions)) as write:
 
         def report(positions: int) -> None:
             lookout.check()
@@ -234,51 +238,6 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
         tokens_per_batch=teacher.tokens_per_batch,
         on_nonfinite=teacher.on_nonfinite,
     )
-
-
-@contextmanager
-def _writer(
-    record: Record, watch: "_Watch", space: DiskSpace
-) -> Iterator[Callable[[Callable[[], tuple[ShardContent, bytes]] | None], None]]:
-    """Give a function that encodes and publishes a shard in the background, one at a time behind the one in hand.
-
-    Called with None it only looks; either way it raises what went wrong in the background.
-    """
-    pending: list[Future[int]] = []
-
-    def write(make: Callable[[], tuple[ShardContent, bytes]] | None) -> None:
-        if pending and (make is not None or pending[0].done()):
-            watch.positions(-pending.pop().result())
-        if make is not None:
-            pending.append(pool.submit(lambda: _publish(record, space, *make())))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
-        yield write
-        if pending:
-            watch.positions(-pending.pop().result())
-
-
-def _publish(record: Record, space: DiskSpace, content: ShardContent, data: bytes) -> int:
-    """Publish a shard, or see that it is there already; return its positions."""
-    shard = content.shard
-    path = record.shard_path(shard.group, shard.lane, len(shard.texts))
-    space.check(coming=len(data))
-    if not publish(data, path, scratch=scratch(record.path)):
-        with open(path, "rb") as file:
-            if file.read(HEADER_BYTES) != data[:HEADER_BYTES]:
-                raise CacheMismatch(
-                    f"shard {path}: another run published it with other content; are two runs with different settings "
-                    "or hardware writing to this cache?"
-                )
-    _log_shard(record.path, path.name, positions=content.positions, size=len(data))
-    return content.positions
-
-
-def _log_shard(path: Path, name: str, *, positions: int, size: int) -> None:
-    """Append a line for people; no code reads it, so a disk that is full now is left to the next shard to tell."""
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "shard": name, "positions": positions, "bytes": size}
-    with suppress(OSError), open(path / "logs" / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 class _Watch:

@@ -1,41 +1,40 @@
 """Where in a stream a group of shards begins, so that a run which goes on need not read all that came before.
 
-    CACHE/hints.json    [{"at": 8192, "state": ..., "samples": 64, "sha256": ...}, ...]
+    CACHE/hints.json    [{"at": 8192, "state": ...}, ...]    `state` is the datasets library's own
 
 The one decision: a hint is a guess. It is used only where the identity pins the content of the dataset (the sha256 of
-its files, or a commit), and only when the samples that come after it have the hash that was written with it; else the
-next older one, or the first sample. So a wrong hint costs time and never a sample.
+its files, or a commit), and only when the group after it is there and its texts have the hashes that its shards keep;
+else the next older one, or the first sample. So a wrong hint costs time and never a sample. The price is that the
+group is read twice.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accel_distill.deal import Layout
 from accel_distill.errors import RunError
 from accel_distill.manifest import scratch
 from accel_distill.publish import replace
 from accel_distill.reading import START, Mark, Reading
-from accel_distill.text_hash import Text, TextHash, hash_texts
+from accel_distill.text_hash import Text, TextHash
 
 NAME = "hints.json"
 EVERY = 60.0  # seconds between two hints
-SAMPLES = 64  # that confirm one
 MOST = 64  # hints that are kept; then every other one of the older half goes
 LARGEST = 4_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class Hint:
-    """A place in the stream, and the hash of the `samples` texts after it."""
+    """A place in the stream."""
 
     at: int
     state: Any
-    samples: int
-    sha256: str
 
 
 def read_hints(cache: Path) -> list[Hint]:
@@ -43,25 +42,41 @@ def read_hints(cache: Path) -> list[Hint]:
     try:
         with open(cache / NAME, "rb") as file:
             hints = [Hint(**hint) for hint in json.loads(file.read(LARGEST))]
-        return sorted((hint for hint in hints if hint.at > 0 and hint.samples > 0), key=lambda hint: hint.at)
-    except (OSError, ValueError, TypeError):
+        return sorted((hint for hint in hints if hint.at > 0), key=lambda hint: hint.at)
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
 
 
-def start_near(cache: Path, sample: int, *, group_samples: int, read: Callable[[Mark], Reading]) -> Reading:
-    """Return a reading that begins at a group's first sample, as near before `sample` as a confirmed hint allows."""
+def start_late(
+    cache: Path,
+    committed: Mapping[tuple[int, int], tuple[int, str]],
+    *,
+    layout: Layout,
+    read: Callable[[Mark], Reading],
+) -> Reading:
+    """Return a reading that begins with a group's first sample, as late as a confirmed hint lets it.
+
+    `committed`: (group, lane) to the number of samples and the hash of the texts of the shard that is there.
+    """
+    first_open = layout.first_open_group({place: samples for place, (samples, _) in committed.items()})
     for hint in reversed(read_hints(cache)):
-        if hint.at <= sample and hint.at % group_samples == 0 and _is_confirmed(hint, read):
-            return read(Mark(hint.at, hint.state))
+        group, rest = divmod(hint.at, layout.group_samples)
+        if rest == 0 and group < first_open:
+            hashes = [committed[group, lane][1] for lane in range(layout.lanes)]
+            if _is_confirmed(Mark(hint.at, hint.state), hashes, layout=layout, read=read):
+                return read(Mark(hint.at, hint.state))
     return read(START)
 
 
-def _is_confirmed(hint: Hint, read: Callable[[Mark], Reading]) -> bool:
+def _is_confirmed(mark: Mark, hashes: list[str], *, layout: Layout, read: Callable[[Mark], Reading]) -> bool:
+    """Whether the group of texts at a mark has these hashes, lane by lane."""
+    found = [TextHash() for _ in hashes]
     try:
-        texts = list(islice(read(Mark(hint.at, hint.state)), hint.samples))
+        for n, text in enumerate(islice(read(mark), layout.group_samples)):
+            found[n % layout.lanes].add(text)
     except (RunError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError):
         return False  # a state that the datasets library makes nothing of
-    return len(texts) == hint.samples and hash_texts(texts) == hint.sha256
+    return [texts.hexdigest() for texts in found] == hashes
 
 
 class HintWriter:
@@ -71,38 +86,19 @@ class HintWriter:
         """For one rank: the others have nothing to add."""
         self._reading, self._cache, self._group_samples = reading, cache, group_samples
         self._noted = time.monotonic()
-        self._mark: Mark | None = None  # of a hint whose samples are still coming
-        self._hash, self._left = TextHash(), 0
 
     def __iter__(self) -> Iterator[Text]:
         """Yield the texts."""
-        while True:
-            self._begin()
-            try:
-                text = next(self._reading)
-            except StopIteration:
-                return
-            self._add(text)
+        for text in self._reading:
             yield text
+            index = self._reading.index
+            if index % self._group_samples == 0 and time.monotonic() - self._noted >= EVERY:
+                self._noted = time.monotonic()
+                self._write(self._reading.mark())
 
-    def _begin(self) -> None:
-        """Begin a hint where a group begins and the last one is old enough."""
-        is_start = self._reading.index > 0 and self._reading.index % self._group_samples == 0
-        if is_start and self._mark is None and time.monotonic() - self._noted >= EVERY:
-            self._noted = time.monotonic()
-            self._mark, self._hash, self._left = self._reading.mark(), TextHash(), SAMPLES
-
-    def _add(self, text: Text) -> None:
-        if self._mark is not None:
-            self._hash.add(text)
-            self._left -= 1
-            if not self._left:
-                self._write(Hint(self._mark.at, self._mark.state, SAMPLES, self._hash.hexdigest()))
-                self._mark = None
-
-    def _write(self, hint: Hint) -> None:
-        hints = [older for older in read_hints(self._cache) if older.at < hint.at] + [hint]
+    def _write(self, mark: Mark) -> None:
+        hints = [hint for hint in read_hints(self._cache) if hint.at < mark.at] + [Hint(mark.at, mark.state)]
         if len(hints) > MOST:
             hints = hints[: MOST // 2 : 2] + hints[MOST // 2 :]
-        data = json.dumps([asdict(each) for each in hints], indent=1).encode()
+        data = json.dumps([asdict(hint) for hint in hints], indent=1).encode()
         replace(data, self._cache / NAME, scratch=scratch(self._cache))

@@ -9,11 +9,13 @@ The one decision: there is no mutable index. What is committed is what `shards/`
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
-from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
+from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DamagedCache, DiskGuard
 from accel_distill.publish import publish, replace, sync_directory
 from accel_distill.record_checks import SUMMED, check_format, check_identity, check_manifest, check_plan, check_ranks
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
@@ -50,6 +52,7 @@ class Record:
     numerics: dict[str, Any]
     environment: dict[str, Any]
     ids_by_rank: np.ndarray  # (vocab_size,) uint32
+    drift: str = ""  # JSON of this run's numeric settings that are not `numerics`; its shards keep it in their header
 
     @property
     def cache_id(self) -> str:
@@ -102,12 +105,14 @@ def scratch(path: Path) -> Path:
 
 
 def make_directories(path: Path) -> None:
-    """Make a cache's directories, durably; raise ConfigError where that is not possible."""
+    """Make a cache's directories, durably; raise DiskGuard for a full disk, ConfigError where it is not possible."""
     try:
         for directory in (path, path / "shards", scratch(path), path / "logs"):
             directory.mkdir(parents=True, exist_ok=True)
         sync_directory(path)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskGuard(f"cache.path: {path} cannot be made ({error.strerror}); make room, {TO_GO_ON}") from error
         raise ConfigError(
             f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to"
         ) from error
@@ -172,6 +177,35 @@ def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
         if best is None or best.samples < header.samples:
             found[place[:2]] = header
     return found
+
+
+def settled_shards(record: Record) -> list[dict[str, Any]]:
+    """Return what a manifest would say of the shards of an incomplete cache, but for those that a longer one replaces.
+
+    A short shard is the last of its lane if the plan says so; otherwise a larger plan is being carried out.
+    """
+    cap = (read_plan(record.path) or {}).get("max_samples")
+    entries = []
+    for (group, lane), header in committed_shards(record).items():
+        last = record.layout.samples_in(group, lane, cap) if cap is not None else None
+        if header.samples in (record.layout.samples_per_shard, last):
+            entries.append(manifest_entry(shard_name(group, lane, header.samples), header))
+    return entries
+
+
+def drifted(headers: Iterable[ShardHeader]) -> list[dict[str, Any]]:
+    """Return how many shards were made with which numeric settings that are not the cache's."""
+    counts = Counter(header.numerics for header in headers if header.numerics)
+    return [{"shards": number, "numerics": json.loads(said)} for said, number in sorted(counts.items())]
+
+
+def drift_sentences(drift: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for people for each entry of `drifted`."""
+    return [
+        f"{entry['shards']:,} shards were made with other numeric settings: "
+        + ", ".join(f"{name} {value}" for name, value in sorted(entry["numerics"].items()))
+        for entry in drift
+    ]
 
 
 def listed_shards(path: Path) -> set[tuple[int, int, int]]:

@@ -116,6 +116,7 @@ class ShardMaker:
             "untargeted": int((target_counts == 0).sum()),
             "nonfinite": sum(map(len, content.left_out.values())),
             "texts_sha256": hash_texts(shard.texts),
+            "numerics": self._record.drift,
         }
         return shard_bytes(fields, self._columns(content, lengths, target_counts))
 

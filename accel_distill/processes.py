@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -86,6 +87,30 @@ def _broadcast(box: list[Any]) -> None:
         raise RankStopped(
             f"a rank ended before the run had begun ({reason}); see what it printed, then run the same command again"
         ) from error
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the process group: ZeRO-3, which divides weights as they are loaded, takes itself for alone."""
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+@contextmanager
+def whole_weights(arguments: Any) -> Iterator[None]:
+    """Let ZeRO-3 of these TrainingArguments divide no model that is made meanwhile: it would draw other weights."""
+    if arguments.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    live = getattr(arguments, "hf_deepspeed_config", None) or arguments.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(live)
 
 
 def leave_processes() -> None:

@@ -19,7 +19,8 @@ from accel_distill.text_hash import Text, TextHash
 TRIES = 5  # in a row, without a new sample
 FIRST_WAIT = 1.0  # seconds; doubles with each try
 MARK_EVERY = 1000  # samples
-NETWORK = {"aiohttp", "botocore", "fsspec", "httpcore", "httpx", "requests", "urllib3"}  # libraries' own exceptions
+# Libraries whose own exceptions are of the network.
+NETWORK = {"aiohttp", "botocore", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 PASSING = {408, 425, 429}  # HTTP statuses below 500 of a server that may answer later
 UNREACHABLE = {
     getattr(errno, name)

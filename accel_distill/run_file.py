@@ -15,7 +15,7 @@ import yaml
 
 from accel_distill.errors import ConfigError
 
-LARGEST_FILE = 200_000  # bytes: of the densest YAML it takes two seconds to read as many
+LARGEST_FILE = 100_000  # bytes: of the densest YAML it takes a second to read as many
 DEEPEST_NESTING = 20  # levels
 TEXT = "tag:yaml.org,2002:str"
 

@@ -73,7 +73,8 @@ def check_rows(record: Record, rows: Rows, *, every_position: bool, distinct: bo
     if lengths.max(initial=0) > longest:
         raise ValueError(f"a row has {lengths.max()} tokens, and max_length is {longest}")
     _check_ids(rows.input_ids, "input_ids", below=ids_there_are)
-    _check_mask(rows, lengths, positions, every_position=every_position)
+    if every_position and not np.array_equal(positions, np.maximum(lengths - 1, 0)):
+        raise ValueError("column target_mask leaves out positions, and its header says that all logits were finite")
     for name in ("head_ids", "tail_ids"):
         _check_ids(rows.targets[name], name, below=ids_there_are)
     if distinct:
@@ -119,16 +120,6 @@ def _check_whole(record: Record, reader: RowReader) -> None:
 def _check_ids(ids: np.ndarray, name: str, *, below: int) -> None:
     if len(ids) and (ids.max() >= below or ids.min() < 0):
         raise ValueError(f"column {name}: id {int(ids.max())}, but the tokenizer makes {below} ids only")
-
-
-def _check_mask(rows: Rows, lengths: np.ndarray, positions: np.ndarray, *, every_position: bool) -> None:
-    running = offsets(rows.target_mask)
-    if not np.array_equal(np.diff(running[rows.tokens]), positions):
-        raise ValueError("column target_mask marks other numbers of positions than the rows have")
-    if rows.target_mask[rows.tokens[1:][lengths > 0] - 1].any():
-        raise ValueError("column target_mask marks the last token of a row, which has no next one")
-    if every_position and not np.array_equal(positions, np.maximum(lengths - 1, 0)):
-        raise ValueError("column target_mask leaves out positions, and its header says that all logits were finite")
 
 
 def _check_distinct(targets: Arrays, *, ids: int) -> None:

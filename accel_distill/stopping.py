@@ -61,6 +61,13 @@ class Stop:
         """Say that the command has ended by itself."""
         self._ended.set()
 
+    def forget(self) -> None:
+        """In a process forked from this one: a signal is its own affair, and must not reach this one's pipe."""
+        if not self._ended.is_set():
+            signal.set_wakeup_fd(-1)
+            for number in (*WATCHED, RAISE):
+                signal.signal(number, signal.SIG_DFL)
+
     def _take(self, error: BaseException) -> bool:
         with self._lock:
             if self._error is not None:
@@ -93,6 +100,7 @@ def stop_on_signals() -> Iterator[Stop]:
     heard = [number for number in (*WATCHED, RAISE) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop.signalled) for number in heard}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=stop.forget)
     threading.Thread(target=stop.watch, args=(reader,), name="signals", daemon=True).start()
     try:
         yield stop

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel_distill.deal import Dealer, Layout
-from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DiskGuard, RunError
+from accel_distill.publish import DISK_ERRORS
 from accel_distill.reading import START, Mark, Reading, is_transient
 from accel_distill.text_hash import Text, TextHash
 
@@ -83,7 +84,7 @@ class TextStream:
         except _dataset_errors() as error:
             if is_transient(error):
                 raise
-            raise ConfigError(f"dataset {config.name}: reading sample {count} failed: {_one_line(error)}") from error
+            raise _refusal(f"dataset {config.name}: reading sample {count} failed", error) from error
 
     def _state(self) -> Any:
         """Return where the reading is, as the datasets library says it."""
@@ -203,7 +204,7 @@ def _builder(config: "DatasetConfig") -> "datasets.DatasetBuilder":
             config.name, config.config_name, data_files=config.data_files, revision=config.revision
         )
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset.name: {config.name} cannot be opened: {_one_line(error)}") from error
+        raise _refusal(f"dataset.name: {config.name} cannot be opened", error) from error
 
 
 def _files(found: Mapping[str, Any], config: "DatasetConfig") -> list[str]:
@@ -246,7 +247,7 @@ def _open(
         dataset = datasets.load_dataset(**source, split=config.split, streaming=config.streaming)
         first = next(iter(dataset), None)
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset {config.name} ({config.split}): {_one_line(error)}") from error
+        raise _refusal(f"dataset {config.name} ({config.split})", error) from error
     if first is None:
         raise ConfigError(f"dataset {config.name} ({config.split}) is empty: there is no sample to run the teacher on")
     columns = sorted(first)
@@ -273,6 +274,15 @@ def _dataset_errors() -> tuple[type[BaseException], ...]:
     from datasets.exceptions import DatasetsError
 
     return (DatasetsError, OSError, ValueError, RuntimeError, StopIteration)
+
+
+def _refusal(what: str, error: BaseException) -> RunError:
+    """Return what to raise for an error of the datasets library, whose own cache may be on a disk that is full."""
+    full = DISK_ERRORS.get(getattr(error, "errno", None) or 0)
+    if full is not None:
+        where = getattr(error, "filename", None) or "HF_HOME says where the datasets library keeps its files"
+        return DiskGuard(f"{what}: {full} ({where}); make room, {TO_GO_ON}")
+    return ConfigError(f"{what}: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from accel_distill.deal import parse_shard_name, shard_name
 from accel_distill.errors import CacheMismatch, DamagedCache, RunError, exit_with
 from accel_distill.manifest import (
     Record,
+    drift_sentences,
+    drifted,
     listed_shards,
     read_manifest,
     read_plan,
@@ -28,12 +31,13 @@ from accel_distill.manifest import (
     withdraw_manifest,
 )
 from accel_distill.publish import sync_directory
-from accel_distill.shard import HEADER_BYTES
+from accel_distill.shard import HEADER_BYTES, ShardHeader
 from accel_distill.shard_checks import check_shard
 
 LINE_EVERY = 30.0  # seconds, where standard error is no terminal
-FILES = {"README.txt", "cache.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
+FILES = {"README.txt", "cache.json", "hints.json", "manifest.json", "plan.json", "ranks.bin", "run.yaml"}
 DIRECTORIES = {".tmp", "logs", "shards", "tokenizer"}
+Problem = dict[str, Any]  # file, what, exit_status; and "repaired" once it is
 SUMMED = ("samples", "sequences", "tokens", "positions")
 
 
@@ -70,43 +74,56 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
     used: without them no shard can be judged.
     """
     record = read_record(path)
-    problems: list[dict[str, Any]] = []
+    problems: list[Problem] = []
     manifest, plan = (_read(read, name, problems) for name, read in _small_files(record))
-    entries = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
     there = listed_shards(path)
-    superseded = _superseded(there)
-    problems += [_missing(path / "shards" / name) for name in sorted(set(entries) - {shard_name(*s) for s in there})]
-    sums = dict.fromkeys((*SUMMED, "heads", "tails", "bytes", "shards"), 0)
-    drift: dict[str, int] = {}
-    for place in _shown(sorted(there)):
-        name = shard_name(*place)
-        try:
-            if manifest and name not in entries and place not in superseded:
-                raise DamagedCache(f"shard {path / 'shards' / name}: it is not in manifest.json; delete it")
-            header, totals = check_shard(record, place, expected=entries.get(name), deep=deep)
-        except (DamagedCache, CacheMismatch) as error:
-            problems.append(_problem(f"shards/{name}", error))
-            continue
-        if place in superseded:
-            continue
-        counts = {key: getattr(header, key) for key in SUMMED} | {"bytes": HEADER_BYTES + header.payload_bytes}
-        for key, value in (counts | {key: totals[key] for key in ("heads", "tails")} | {"shards": 1}).items():
-            sums[key] += value
-        if header.numerics:
-            drift[header.numerics] = drift.get(header.numerics, 0) + 1
-    found = {
+    if manifest:
+        gone = {shard["name"] for shard in manifest["shards"]} - {shard_name(*shard) for shard in there}
+        problems += [_missing(path / "shards" / name) for name in sorted(gone)]
+    sums, headers = _check_shards(record, there, manifest, problems=problems, deep=deep)
+    return {
         "path": str(path),
         "cache_id": record.cache_id,
         "deep": deep,
+        "ok": not problems,
         "complete": manifest is not None and not problems,
         "expected": _expected(record, manifest, plan),
         **sums,
         "numerics": record.numerics,
-        "drift": [{"shards": number, "numerics": json.loads(said)} for said, number in sorted(drift.items())],
-        "notes": _notes(path, superseded),
+        "drift": drifted(headers),
+        "notes": _notes(path, _superseded(there)),
         "problems": problems,
+        "set_aside": _repair(path, problems) if repair else [],
     }
-    return {**found, "ok": not problems, "set_aside": _repair(path, problems) if repair else []}
+
+
+def _check_shards(
+    record: Record,
+    there: set[tuple[int, int, int]],
+    manifest: dict[str, Any] | None,
+    *,
+    problems: list[Problem],
+    deep: bool,
+) -> tuple[dict[str, int], list[ShardHeader]]:
+    """Check each shard, adding to `problems`; return the sums and the headers of those that are fine and count."""
+    entries = {shard["name"]: shard for shard in manifest["shards"]} if manifest else {}
+    superseded = _superseded(there)
+    sums, headers = Counter(dict.fromkeys((*SUMMED, "heads", "tails", "bytes", "shards"), 0)), []
+    for place in _shown(sorted(there)):
+        name = shard_name(*place)
+        try:
+            if manifest and name not in entries and place not in superseded:
+                raise DamagedCache(f"shard {record.shard_path(*place)}: it is not in manifest.json; delete it")
+            header, totals = check_shard(record, place, expected=entries.get(name), deep=deep)
+        except (DamagedCache, CacheMismatch) as error:
+            problems.append(_problem(f"shards/{name}", error))
+            continue
+        if place not in superseded:
+            headers.append(header)
+            sums.update({key: getattr(header, key) for key in SUMMED})
+            sums.update(heads=totals["heads"], tails=totals["tails"], shards=1)
+            sums["bytes"] += HEADER_BYTES + header.payload_bytes
+    return dict(sums), headers
 
 
 def exit_status(found: dict[str, Any]) -> int:
@@ -118,23 +135,29 @@ def exit_status(found: dict[str, Any]) -> int:
 
 def as_text(found: dict[str, Any]) -> str:
     """Return what `verify_cache` found as lines for people."""
-    lines = [f"{problem['what']}" for problem in found["problems"]]
-    lines += [f"note: {note}" for note in found["notes"]]
-    for drift in found["drift"]:
-        changed = ", ".join(f"{name} {value}" for name, value in sorted(drift["numerics"].items()))
-        lines.append(f"note: {drift['shards']:,} shards were made with other numeric settings: {changed}")
+    problems, expected = found["problems"], found["expected"]
+    lines = [problem["what"] for problem in problems]
+    lines += [f"note: {note}" for note in [*found["notes"], *drift_sentences(found["drift"])]]
     lines += [f"moved aside: {name}" for name in found["set_aside"]]
-    expected = found["expected"]
-    of = "" if expected is None else f" of {'' if found['complete'] else 'at most '}{expected['shards']:,}"
-    state = (
-        "complete" if found["complete"] else "NOT complete: run the same generate command, which makes what is missing"
-    )
+    of = f" of {'' if found['complete'] else 'at most '}{expected['shards']:,}" if expected else ""
     how = "every value decoded and checked" if found["deep"] else "headers, hashes and counts checked (all: --deep)"
-    wrong = len(found["problems"])
-    lines.append(f"{found['path']}: {state}")
+    lines.append(f"{found['path']}: {_state(found)}")
     lines.append(f"{found['shards']:,}{of} shards are as published, with {found['samples']:,} samples; {how}")
-    lines.append(f"{wrong:,} {'problem' if wrong == 1 else 'problems'}" if wrong else "no problem found")
+    lines.append(
+        f"{len(problems):,} {'problem' if len(problems) == 1 else 'problems'}" if problems else "no problem found"
+    )
     return "\n".join(lines)
+
+
+def _state(found: dict[str, Any]) -> str:
+    """Say in what state a cache is, and what to do."""
+    if found["complete"]:
+        return "complete"
+    if found["ok"]:
+        return "NOT complete: run the same generate command, which makes what is missing"
+    if exit_status(found) == 0:
+        return "repaired: run the same generate command, which makes what was moved aside, and just that"
+    return "DAMAGED: see above; --repair moves aside what generate can make again"
 
 
 def set_aside(path: Path) -> str:
@@ -156,11 +179,10 @@ def set_aside(path: Path) -> str:
     raise AssertionError("counted to the end of all numbers")
 
 
-def _repair(path: Path, problems: list[dict[str, Any]]) -> list[str]:
+def _repair(path: Path, problems: list[Problem]) -> list[str]:
     """Withdraw the manifest, then move aside what is damaged; mark the problems that are done with."""
-    if problems:
-        if os.path.lexists(path / "manifest.json") and not (path / "manifest.json").is_dir():
-            withdraw_manifest(path)
+    if problems and (path / "manifest.json").is_file():
+        withdraw_manifest(path)
     moved = []
     for problem in problems:
         file = path / problem["file"]
@@ -175,7 +197,7 @@ def _small_files(record: Record) -> Iterator[tuple[str, Any]]:
     yield "plan.json", lambda: read_plan(record.path)
 
 
-def _read(read: Any, name: str, problems: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _read(read: Any, name: str, problems: list[Problem]) -> dict[str, Any] | None:
     try:
         return read()
     except DamagedCache as error:
@@ -183,11 +205,11 @@ def _read(read: Any, name: str, problems: list[dict[str, Any]]) -> dict[str, Any
         return None
 
 
-def _problem(file: str, error: RunError) -> dict[str, Any]:
+def _problem(file: str, error: RunError) -> Problem:
     return {"file": file, "what": str(error), "exit_status": error.exit_status}
 
 
-def _missing(path: Path) -> dict[str, Any]:
+def _missing(path: Path) -> Problem:
     what = f"shard {path}: it is in manifest.json and not there; run generate again, which makes just it anew"
     return {"file": f"shards/{path.name}", "what": what, "exit_status": DamagedCache.exit_status}
 

@@ -216,3 +216,18 @@ def test_differences_are_told_by_dotted_key_with_both_values() -> None:
         "files[2] is ['c', 3] in the cache and None in this run"
     ]
     assert differences(cache, json.loads(json.dumps(cache))) == []
+
+
+def test_a_record_that_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel_distill.manifest.LARGEST_RECORD", 500)
+    with pytest.raises(ConfigError, match="the list of its files takes .* bytes, more than the 500 of a cache.json"):
+        make_record(tmp_path)
+    assert not (tmp_path / "cache.json").exists()
+
+
+def test_a_cache_of_another_format_is_a_mismatch_that_says_so(begun: Record) -> None:
+    content = json.loads((begun.path / "cache.json").read_text())
+    content["identity"]["format"] = 1
+    (begun.path / "cache.json").write_text(json.dumps(content))
+    with pytest.raises(CacheMismatch, match=r"format is 1 in the cache and \d in this version .* use the version"):
+        read_record(begun.path)

@@ -441,6 +441,12 @@ def test_columns_that_inflate_to_far_more_than_the_file_are_refused_by_reader_an
         shard_bytes(FIELDS, {"x": np.zeros(size, "<u2")})
 
 
+def test_an_image_that_no_reader_would_take_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "LARGEST_IMAGE", 1000)
+    with pytest.raises(RunError, match="a shard takes .* bytes, more than 1,000; lower cache.samples_per_shard"):
+        shard_bytes(FIELDS, SMALL)
+
+
 def test_a_header_that_has_no_room_is_not_cut() -> None:
     with pytest.raises(RunError, match="a shard's header has no room for"):
         shard_bytes({**FIELDS, "numerics": json.dumps({"attn_implementation": "x" * 4000})}, SMALL)

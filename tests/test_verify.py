@@ -180,6 +180,22 @@ def test_what_was_moved_aside_before_is_never_overwritten(tmp_path: Path) -> Non
     assert [(tmp_path / name).read_text() for name in ("a.h5.bad", "a.h5.bad2", "a.h5.bad3")] == ["0", "1", "2"]
 
 
+def test_what_it_says_of_damage_and_of_a_repair(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flipped(cache / "shards" / FIRST)
+    assert main([str(cache)]) == 6
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"shard {cache}/shards/{FIRST}: its data do not have the hash")
+    assert said[-3] == f"{cache}: DAMAGED: see above; --repair moves aside what generate can make again"
+    assert said[-2].startswith("4 of at most 5 shards are as published, with 10 samples")
+    assert said[-1] == "1 problem"
+    assert main([str(cache), "--repair"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"moved aside: shards/{FIRST} -> {FIRST}.bad" in said
+    assert said[-3].startswith(f"{cache}: repaired: run the same generate command, which makes what was moved aside")
+    assert main([str(cache)]) == 0
+    assert f"note: shards/{FIRST}.bad was moved aside by --repair: it is not read" in capsys.readouterr().out
+
+
 def test_a_cache_without_shards_directory_is_one_sentence(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(cache / "shards")
     assert main([str(cache)]) == 6

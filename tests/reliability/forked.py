@@ -107,13 +107,13 @@ class SlowDisk(Faults):
     """Write for ever, in the thread that publishes."""
 
     def apply(self) -> None:
-        from accel_distill import generate as command
+        from accel_distill import shard_writer
 
         def publish(*_: Any, **__: Any) -> bool:
             time.sleep(PATIENCE)
             return True
 
-        command.publish = publish
+        shard_writer.publish = publish
 
 
 class Fails(Faults):

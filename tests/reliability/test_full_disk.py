@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import write_jsonl
 
+from accel_distill.config import DatasetConfig
 from accel_distill.disk_space import DiskSpace
 from accel_distill.errors import DiskGuard, RunError
+from accel_distill.manifest import make_directories
 from accel_distill.publish import publish
+from accel_distill.stream import TextStream
 from reliability.forked import Changed, Fails, Faults, Run
 from reliability.place import Place, kept, make_place
 
@@ -263,6 +267,24 @@ def test_the_quota_counts_every_file_and_a_shard_only_once(tmp_path: Path) -> No
 def test_a_cache_that_is_gone_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="No such file or directory; was the directory removed?"):
         DiskSpace(tmp_path / "gone", min_free=0, max_bytes=None).check()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_room_for_a_directory_or_for_the_datasets_own_files_is_full_too(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), "/home/ann/.cache/huggingface/datasets")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", full)
+        with pytest.raises(DiskGuard, match="cache.path: .* cannot be made"):
+            make_directories(tmp_path / "cache")
+    monkeypatch.setattr("datasets.load_dataset", full)
+    data = write_jsonl(tmp_path / "data.jsonl", ["a"])
+    config = DatasetConfig(name="json", data_files=[str(data)], max_samples=1, eval_samples=0)
+    with pytest.raises(DiskGuard, match=r"\(train\): .* \(/home/ann/.cache/huggingface/datasets\); make room"):
+        TextStream(config)
 
 
 def test_a_device_that_is_always_full_is_told_and_leaves_nothing(

@@ -1,6 +1,7 @@
 """Every damaged or hostile shard is refused by its name, quickly and in little memory, by reader and by `verify`."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from accel_distill.cache import TeacherCache
 from accel_distill.deal import shard_name
@@ -192,3 +194,20 @@ def test_any_value_of_any_column_is_refused_or_makes_a_sample_that_fits(good: Pa
                     assert NAME in str(error)
                 verify_cache(path, deep=True)
     assert refused > 50
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow_sweep)])
+def test_mutated_images_with_right_hashes_neither_crash_nor_hang(count: int, seed: int, tmp_path: Path) -> None:
+    """Most are refused; in some only bytes that mean nothing have changed, or values that another cache could have."""
+    script = Path(__file__).with_name("mutated_images.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "cache"), str(seed), str(count)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["refused"] > count / 2 and found["refused"] + found["read"] == count
+    assert found["longest"] < SECONDS
