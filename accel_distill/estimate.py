@@ -252,6 +252,8 @@ def _assumptions(plan: Plan, probe: Probe | None, rate: float | None, *, device:
         )
     else:
         said.append(f"{processes}, each on a device of its own like this one ({probe.device})")
+    if plan.space.room().used:
+        said.append("bytes and time are those of the whole cache, also of what is there already")
     if rate is None and probe is not None:
         said.append("the machine stays as busy as it is now")
     return said

@@ -21,6 +21,7 @@ import torch
 
 from accel_distill.codec import Method, rank_tokens
 from accel_distill.config import RunConfig
+from accel_distill.errors import NotFinite
 from accel_distill.length_sample import LengthSample, spread_by_length
 from accel_distill.manifest import Record
 from accel_distill.pipeline import ShardContent, ShardMaker, batches
@@ -68,7 +69,10 @@ def run_probe(
     others: Sequence[tuple[Method, float]],
     device: torch.device,
 ) -> Probe:
-    """Run `wanted` of the counted samples, spread over their lengths; raise ConfigError for a teacher that fails."""
+    """Run `wanted` of the counted samples, spread over their lengths.
+
+    Raises ConfigError for a teacher that cannot be loaded, NotFinite for one whose logits are NaN or infinite.
+    """
     begun = time.monotonic()
     teacher = load_teacher(config.teacher, device=device, valid_ids=tokenizer_size(tokenizer))
     if device.type == "cuda":
@@ -77,8 +81,11 @@ def run_probe(
     texts = [lengths.texts[k] for k in spread_by_length(lengths.positions, wanted)]  # from short to long
     targets = config.targets
     own = _encoder(config, targets.method, float(targets.parameter), teacher, tokenizer, lengths.id_counts)
-    own.maker.compute(OpenShard(0, 0, texts[-1:]))  # a warm-up
-    content, seconds = _timed(own.maker, texts)
+    try:
+        own.maker.compute(OpenShard(0, 0, texts[-1:]))  # a warm-up
+        content, seconds = _timed(own.maker, texts)
+    except NotFinite as error:
+        raise NotFinite(f"in a shard of {len(texts)} samples of the estimate, numbered from 0: {error}") from error
     padded = _padded_tokens([len(row.ids) for row in content.rows], tokens_per_batch=config.teacher.tokens_per_batch)
     per_shard, of = config.cache.samples_per_shard, lengths.population
     shard, encode_seconds = _shard_bytes(own, content, samples_per_shard=per_shard, of=of)

@@ -14,6 +14,7 @@ from tiny import make_teacher, make_tokenizer, run_config, write_jsonl
 
 from accel_distill import estimate as command
 from accel_distill.config import RunConfig
+from accel_distill.errors import NotFinite
 from accel_distill.estimate import estimate, main
 from accel_distill.estimate_table import as_text
 from accel_distill.generate import generate
@@ -23,7 +24,7 @@ from accel_distill.probe import _encoder, padding, part_of
 from accel_distill.run_file import to_yaml
 from accel_distill.stream import OpenShard
 from accel_distill.targets import concatenate
-from accel_distill.teacher import load_teacher
+from accel_distill.teacher import Teacher, load_teacher
 
 CHOICE = random.Random(0)
 LEXICON = ["".join(CHOICE.choices("abcdefghijklmnopqrstuvwxyz", k=CHOICE.randint(1, 5))) for _ in range(2000)]
@@ -177,6 +178,7 @@ def test_a_cache_that_is_there_needs_no_more_room(config: Callable[..., RunConfi
     assert found["verdict"] in ("fits", "tight") or found["total_bytes"]["mid"] > found["max_bytes"]
     larger = estimate(config(dataset={"max_samples": 500}, cache=full), probe=8, processes=1)
     assert larger["verdict"] == "does not fit"
+    assert "bytes and time are those of the whole cache, also of what is there already" in larger["assumptions"]
 
 
 def test_texts_that_are_all_empty_have_no_bytes_per_position(place: Path, tmp_path: Path) -> None:
@@ -187,6 +189,22 @@ def test_texts_that_are_all_empty_have_no_bytes_per_position(place: Path, tmp_pa
     assert "40" not in as_text(found).splitlines()[1]  # max_samples is 30
     generate(run)
     assert found["total_bytes"]["mid"] == pytest.approx(all_bytes(run.cache.path), rel=0.05)
+
+
+def test_logits_that_are_not_finite_are_found_before_the_run(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Teacher._forward
+
+    def spoiled(self: Teacher, *inputs: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        logits_of = forward(self, *inputs)
+        return lambda part: logits_of(part) * float("nan")
+
+    monkeypatch.setattr(Teacher, "_forward", spoiled)
+    with pytest.raises(
+        NotFinite, match="in a shard of 8 samples of the estimate, numbered from 0: shard .* not finite"
+    ):
+        estimate(config(), probe=8, processes=1)
 
 
 def test_the_table_says_what_json_says(
