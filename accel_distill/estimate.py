@@ -100,7 +100,7 @@ def estimate(
         **_disk(plan, shard, path=config.cache.path),
         "seconds": asdict(seconds) if seconds else None,
         "positions_per_second": positions / seconds.mid if seconds and seconds.mid else None,
-        "host_bytes_per_process": _host_bytes(plan, measured) if measured else None,
+        "host_bytes_per_process": round(_host_bytes(plan, measured)) if measured else None,
         "device_bytes": measured.device_bytes if measured else None,
         "device": measured.device if measured else None,
         "alternatives": _alternatives(plan, shard, others),
@@ -138,7 +138,7 @@ def _disk(plan: Plan, shard: ShardBytes, *, path: Path) -> dict[str, Any]:
         "variable_bytes_per_position": asdict(shard.per_position),
         "bytes_per_shard": shard.fixed,
         "shards": shard_count(plan.layout, samples),
-        "total_bytes": asdict(total),
+        "total_bytes": _rounded(total),
         "cache_bytes_now": room.used,
         "free_bytes": room.free,
         "free_bytes_after": None if room.free is None else round(room.free - max(0.0, needed.mid)),
@@ -150,6 +150,11 @@ def _disk(plan: Plan, shard: ShardBytes, *, path: Path) -> dict[str, Any]:
         "largest_max_samples": largest,
         "training_bytes_per_second": None if each is None else {f"{A_STUDENT}_positions_per_second": each * A_STUDENT},
     }
+
+
+def _rounded(interval: Interval) -> dict[str, int]:
+    """Return the ends of an interval as whole numbers."""
+    return {name: round(end) for name, end in asdict(interval).items()}
 
 
 def _alternatives(
@@ -165,7 +170,7 @@ def _alternatives(
                 "method": method,
                 "parameter": parameter,
                 "bytes_per_position": _per_position(plan, total),
-                "total_bytes": asdict(total),
+                "total_bytes": _rounded(total),
                 "verdict": verdict(total.plus(-room.used), room.left),
             }
         )
