@@ -170,7 +170,7 @@ def _refuse_above(room: Room, least: float, path: Path) -> None:
 
 def _samples_there(path: Path) -> int:
     """Return how many samples the shards of a cache hold."""
-    if not (path / "cache.json").is_file():
+    if not (path / "cache.json").is_file() or not (path / "shards").is_dir():
         return 0
     longest: dict[tuple[int, int], int] = {}
     for group, lane, samples in listed_shards(path):

@@ -92,6 +92,12 @@ def test_a_cache_that_has_shards_is_judged_by_them(
         refuse_what_cannot_fit(config(dataset={"max_samples": 120}, cache={"max_bytes": quota}), processes=1)
 
 
+def test_a_cache_that_lost_its_directory_of_shards_is_looked_at_as_a_new_one(config: Callable[..., RunConfig]) -> None:
+    config().cache.path.mkdir()
+    (config().cache.path / "cache.json").write_text("{}")
+    refuse_what_cannot_fit(config(), processes=1)
+
+
 def test_generate_refuses_with_status_3_before_it_writes_and_force_begins_all_the_same(
     config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
