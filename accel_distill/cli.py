@@ -21,9 +21,13 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
 
   init                                          print a commented run file to start from
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
+  estimate --config FILE [section.key=value ...] [--json] [--probe N] [--processes W] [--no-teacher]
+                                                say what the cache will take, measured on some samples
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
   audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
+  sizes --bytes-per-position X --positions-per-second Y
+                                                print what caches take, from 10 k to 100 M samples
   demo                                          the whole way on a small example, in minutes on a CPU
   --version, --help
 
@@ -62,6 +66,13 @@ def init(argv: list[str]) -> int:
     return 0
 
 
+def estimate(argv: list[str]) -> int:
+    """Say what a run will take."""
+    from accel_distill import estimate as command
+
+    return command.main(argv)
+
+
 def inspect(argv: list[str]) -> int:
     """Say what is in a cache."""
     from accel_distill import inspect_cache
@@ -83,6 +94,13 @@ def audit(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def sizes(argv: list[str]) -> int:
+    """Print what caches of several sizes take."""
+    from accel_distill import sizes as command
+
+    return command.main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """Run the main job end to end on an example that needs no download."""
     from accel_distill import demo as example
@@ -93,9 +111,11 @@ def demo(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": init,
     "check": check,
+    "estimate": estimate,
     "inspect": inspect,
     "verify": verify,
     "audit": audit,
+    "sizes": sizes,
     "demo": demo,
 }
 

@@ -13,7 +13,8 @@ from accel_distill.errors import ConfigError
 
 GENERATE_FLAGS = {
     "--allow-numerics-drift": "go on with a cache on another device, or with other batch sizes or attention: the new "
-    "shards then differ in rounding from the others, and each of them says so"
+    "shards then differ in rounding from the others, and each of them says so",
+    "--force": "begin a run although its cache cannot fit the disk, by an estimate",
 }
 
 

@@ -7,6 +7,7 @@ listing of the cache in which only new shards are measured.
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from accel_distill.errors import TO_GO_ON, DiskGuard
@@ -41,6 +42,23 @@ def show_bytes(count: int) -> str:
     return f"{count / UNITS[fitting[-1]]:.3g} {fitting[-1]}" if count >= 10_000 else f"{count:,} bytes"
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a cache may still take, in bytes."""
+
+    used: int  # by its files
+    free: int | None  # of its disk; None: the file system does not tell
+    reserve: int  # that stays free
+    max_bytes: int | None  # the quota of the cache
+
+    @property
+    def left(self) -> int | None:
+        """How many bytes may still be written; below 0 where the reserve is touched already."""
+        limits = [] if self.free is None else [self.free - self.reserve]
+        limits += [] if self.max_bytes is None else [self.max_bytes - self.used]
+        return min(limits, default=None)
+
+
 class DiskSpace:
     """The room for one cache."""
 
@@ -61,6 +79,15 @@ class DiskSpace:
                 + (f", and the next shard {show_bytes(coming)} more" if coming else "")
                 + f", and cache.max_bytes allows {show_bytes(self._max_bytes)}; raise it, {TO_GO_ON}"
             )
+
+    def room(self) -> Room:
+        """Return the room for the cache, whose directory need not be there yet."""
+        there = next(path for path in (self._path.absolute(), *self._path.absolute().parents) if path.is_dir())
+        with told_errors(self._path, "looking for room"):
+            disk = os.statvfs(there)
+            used = self.used() if self._path.is_dir() else 0
+        free = disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+        return Room(used, free, self._reserve(disk.f_blocks * disk.f_frsize), self._max_bytes)
 
     def used(self) -> int:
         """Return the bytes of all files of the cache."""

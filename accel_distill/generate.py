@@ -38,6 +38,7 @@ from accel_distill.processes import World, leave_processes, refuse_sharding, sta
 from accel_distill.progress import Progress
 from accel_distill.publish import replace, sync_directory, temporary_name
 from accel_distill.reading import Reading
+from accel_distill.run_plan import refuse_what_cannot_fit
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
 from accel_distill.shard_writer import shard_writer
 from accel_distill.stopping import Stop, stop_on_signals
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
         with stop_on_signals() as stop:
             try:
-                generate(config, allow_numerics_drift=arguments.allow_numerics_drift, stop=stop)
+                generate(config, allow_numerics_drift=arguments.allow_numerics_drift, stop=stop, force=arguments.force)
             finally:
                 leave_processes()
         return 0
@@ -71,18 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def generate(config: RunConfig, *, allow_numerics_drift: bool = False, stop: Stop | None = None) -> dict[str, Any]:
+def generate(
+    config: RunConfig, *, allow_numerics_drift: bool = False, stop: Stop | None = None, force: bool = False
+) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
     With `allow_numerics_drift` a cache is gone on with that was begun on another device, or with other batch sizes or
     attention. `stop` lets what is seen beside the work (a rank that died, a disk that fills up) end the work at once.
-    Raises the RunErrors of errors.py. Every rank of the run calls it.
+    `force` begins a run that cannot fit the disk. Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    record, committed, run = world.from_main(lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift))
+    record, committed, run = world.from_main(
+        lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift, force=force)
+    )
     config = _pinned(config, record)
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
@@ -130,8 +135,12 @@ def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committe
     return start_late(record.path, committed, layout=record.layout, read=read)
 
 
-def _open(config: RunConfig, world: World, *, allow_numerics_drift: bool) -> tuple[Record, dict[Place, Committed], str]:
+def _open(
+    config: RunConfig, world: World, *, allow_numerics_drift: bool, force: bool
+) -> tuple[Record, dict[Place, Committed], str]:
     """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
+    if not force:
+        refuse_what_cannot_fit(config, processes=world.world_size)
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
     opening: Opening = open_for_generation(
         config, world_size=world.world_size, device=world.device, allow_numerics_drift=allow_numerics_drift

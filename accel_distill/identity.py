@@ -90,7 +90,7 @@ def open_for_generation(
     tokenizer = load_tokenizer(
         config.teacher.model, revision=config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
     )
-    _check_length(config, model.get_text_config())
+    check_length(config, model.get_text_config())
     identity = _identity(config, stream, model, tokenizer)
     numerics = {
         "tokens_per_batch": config.teacher.tokens_per_batch,
@@ -270,7 +270,8 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
     return [f"the cache {'shrinks' if shrinks else 'grows'} from max_samples {before} to {wanted or 'no limit'}"]
 
 
-def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:
+def check_length(config: RunConfig, text: "PretrainedConfig") -> None:
+    """Raise ConfigError where the teacher was made for shorter samples."""
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and 0 < positions < config.dataset.max_length:
         raise ConfigError(

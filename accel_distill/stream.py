@@ -52,6 +52,12 @@ class TextStream:
         """What identifies the text: no absolute path, but for local files their content, which takes reading them."""
         return _identity_of(self._files, fallback=self._fallback)
 
+    @property
+    def local_bytes(self) -> int | None:
+        """The bytes of the split's files; None where not all are on this machine."""
+        paths = [Path(file) for file in self._files]
+        return sum(path.stat().st_size for path in paths) if paths and all(path.is_file() for path in paths) else None
+
     def __iter__(self) -> Iterator[Text]:
         """Yield the text of each sample; None where it has none."""
         return self.read()
@@ -59,6 +65,11 @@ class TextStream:
     def read(self, start: Mark = START, *, tell: Callable[[str], None] = log.warning) -> Reading:
         """Read the texts from a sample on, one reading at a time; `tell` hears where the network failed."""
         return Reading(self._texts, state=self._state, name=self._config.name, start=start, tell=tell)
+
+    def texts_at(self, indices: Sequence[int]) -> Iterator[Text]:
+        """Yield the texts of some samples of a dataset that is not streamed."""
+        for index, row in zip(indices, self._dataset.select(indices), strict=True):
+            yield _text(row, self._config.text_column, index=index)
 
     def _texts(self, start: Mark) -> Iterator[Text]:
         """Open the dataset at a mark, once."""

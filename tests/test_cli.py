@@ -39,7 +39,7 @@ def test_help_names_every_command_and_answers_at_once() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", ["check", "init", "inspect", "verify", "audit", "demo"])
+@pytest.mark.parametrize("command", ["check", "init", "estimate", "inspect", "verify", "audit", "sizes", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     answer = run(command, "--help")
     assert (answer.returncode, answer.stderr) == (0, "")

@@ -7,8 +7,10 @@ import pytest
 from conftest import ROOT
 
 from accel_distill.config import load_config
+from accel_distill.sizes import FINEWEB_MEAN, PACKED, USE_CASES, cell
 
 RUN_FILES = sorted((ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted((ROOT / "configs" / "presets").glob("*.yaml"))
 ACCELERATE_FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 DEEPSPEED_FILES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 
@@ -27,28 +29,41 @@ KINDS = {
 def test_every_file_is_tried() -> None:
     names = [path.stem for path in RUN_FILES]
     assert names == ["c4-en", "fineweb-qwen3", "fineweb-smollm2", "local-jsonl", "slimpajama"]
+    assert {path.stem for path in PRESETS} == {"quick", "development", "small", "medium", "large"}
     assert {path.stem for path in ACCELERATE_FILES} == set(KINDS)
     assert [path.stem for path in DEEPSPEED_FILES] == ["zero1", "zero2", "zero3"]
-    tried = {*RUN_FILES, *ACCELERATE_FILES, *DEEPSPEED_FILES}
+    tried = {*RUN_FILES, *PRESETS, *ACCELERATE_FILES, *DEEPSPEED_FILES}
     assert {path for path in (ROOT / "configs").rglob("*") if path.is_file()} == tried
 
 
-@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RUN_FILES, *PRESETS], ids=lambda path: path.stem)
 def test_a_run_file_loads_and_can_be_trained_from(path: Path) -> None:
     config = load_config(path)
     assert config.student is not None
     assert config.training["output_dir"].startswith("runs/")
     assert config.cache.path.parts[0] == "caches"
-    assert load_config(path, ["dataset.max_samples=1000"]).dataset.max_samples == 1000
+    assert load_config(path, ["dataset.max_samples=10000"]).dataset.max_samples == 10_000
 
 
-@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RUN_FILES, *PRESETS], ids=lambda path: path.stem)
 def test_the_training_section_makes_training_arguments(path: Path, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     arguments = load_config(path).training | {"output_dir": str(tmp_path), "use_cpu": True}
     made = TrainingArguments(**arguments)
     assert made.learning_rate == arguments["learning_rate"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_what_it_takes_as_the_table_of_sizes_does(path: Path) -> None:
+    config, text = load_config(path), path.read_text()
+    samples = next(samples for case, samples in USE_CASES.items() if case.split()[0] == path.stem)
+    assert config.dataset.max_samples == samples and f": {samples:,} documents of FineWeb" in text
+    assert config.dataset.max_length == PACKED
+    assert config.dataset.config_name == ("default" if samples > 15_000_000 else "sample-10BT")
+    assert f"packed to 2,048 tokens each:  {cell(samples * PACKED, 20, 20_000)}" in text
+    assert f"at a mean of 341 tokens each: {cell(samples * FINEWEB_MEAN, 20, 20_000)}" in text
+    assert text.count(f"--config configs/presets/{path.name}") == 3
 
 
 @pytest.mark.parametrize("path", ACCELERATE_FILES, ids=lambda path: path.stem)

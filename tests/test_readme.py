@@ -1,13 +1,15 @@
 """What the README says is so: its run file, its table, its commands, its files."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
-from accel_distill.command_line import parse_arguments
+from accel_distill.command_line import parse_flagged
 from accel_distill.config import load_config
-from bench.sizes import table
+from accel_distill.estimate import parse_arguments as parse_estimate
+from accel_distill.sizes import table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -31,7 +33,7 @@ def test_the_run_file_is_valid_with_every_override_that_the_readme_shows(tmp_pat
 
 
 def test_the_table_of_sizes_is_what_its_command_prints():
-    command = re.search(r"bench/sizes.py --bytes-per-position (\S+) --positions-per-second (\d+)`", TEXT)
+    command = re.search(r"accel-distill sizes --bytes-per-position (\S+) --positions-per-second (\d+)`", TEXT)
     assert command is not None
     assert table(float(command[1]), float(command[2])) in TEXT
 
@@ -40,7 +42,8 @@ def test_the_table_of_sizes_is_what_its_command_prints():
 def test_each_command_on_a_run_file_is_understood(line):
     words = line.split("#")[0].split()
     arguments = words[words.index("--config") :]
-    path, _ = parse_arguments(arguments, "accel_distill")
+    parse = parse_estimate if "estimate" in words else functools.partial(parse_flagged, prog="accel_distill", flags={})
+    path = parse(arguments).config
     if path.name != "run.yaml":
         load_config(ROOT / path)
 

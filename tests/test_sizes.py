@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.sizes import FINEWEB_MEAN, NAIVE_TOP_64, PACKED, USE_CASES, count, duration, main, size, table
+from accel_distill.figures import count, duration, size
+from accel_distill.sizes import FINEWEB_MEAN, NAIVE_TOP_64, PACKED, USE_CASES, main, table
 
 
 def test_a_million_packed_samples_of_naive_top_64_are_786_gigabytes_not_megabytes() -> None:
@@ -37,3 +38,19 @@ def test_a_row_multiplies_samples_length_bytes_and_speed() -> None:
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--bytes-per-position", "18", "--positions-per-second", "20000"]) == 0
     assert table(18.0, 20_000.0) in capsys.readouterr().out
+
+
+def test_the_lengths_of_another_corpus_make_another_table(capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = ["--bytes-per-position", "10", "--positions-per-second", "1000", "--packed", "512", "--mean", "200"]
+    assert main(inputs) == 0
+    # 10 k x 512 = 5.12 M tokens: x 10 B = 51.2 MB, / 1,000 = 85.3 min; 10 k x 200 = 2 M: 20 MB, 33.3 min
+    row = (
+        "| quick test | 10,000 | 5.12 M tokens: 51.2 MB, 1.42 h | 2.00 M tokens: 20.0 MB, 33.3 min | 1.97 GB; 768 MB |"
+    )
+    printed = capsys.readouterr().out
+    assert row in printed and "packed to 512 tokens each | the mean, 200 tokens each" in printed
+
+
+def test_neither_bytes_nor_a_cache_is_a_mistake_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--positions-per-second", "1000"]) == 2
+    assert "one of the arguments --bytes-per-position --cache is required" in capsys.readouterr().err
