@@ -1,0 +1,180 @@
+"""The methods that the quality experiment compares (targets, what they take, losses), and how students are examined.
+
+The one decision: targets come from the product's sampler, losses and codec, and are drawn once for a block and used in
+every epoch, as a cache is; uniforms depend on (run's seed, block, position). It costs memory for a run's targets
+(0.5 M positions x 64 ids x 12 bytes = 384 MB at worst on the CPU).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from accel_distill.codec import Method, encode, invert, narrow, rank_tokens
+from accel_distill.losses import (
+    Entries,
+    cross_entropy,
+    forward_kl,
+    segment_sum,
+    sparse_cross_entropy,
+    student_logprobs,
+    top_k_forward_kl,
+)
+from accel_distill.shard import ShardHeader, shard_bytes
+from accel_distill.targets import SparseTargets, concatenate, read_logits, sample
+from bench.quality_teacher import TaughtText
+from bench.quality_training import logits_of
+
+BINS = 15  # of equal width, for the expected calibration error, as the Trainer has them
+SHARD_BLOCKS = 512  # the first so many blocks of a run are encoded as one shard, to weigh them
+
+Divergence = Callable[[Tensor, Entries], Tensor]
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""From logits (P, V) of some blocks, and these blocks (n,), to a loss per position (P,)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of the comparison; without a sampler it learns from the true token or from the dense teacher."""
+
+    name: str
+    method: Method | None = None
+    parameter: float = 0.0
+    divergence: Divergence | None = None
+
+
+def renormalised(logits: Tensor, entries: Entries) -> Tensor:
+    """Return the cross-entropy of top-k targets whose weights are scaled to sum to 1, (P,): what many tools do."""
+    offsets, ids, weights = entries
+    sums = segment_sum(weights, offsets).repeat_interleave(offsets.diff(), output_size=len(ids))
+    return sparse_cross_entropy(logits, (offsets, ids, weights / sums))
+
+
+CE_ONLY = Arm("CE only")
+DENSE = Arm("dense KD")
+RANDOM = Arm("random N=50", "random", 50, sparse_cross_entropy)
+THRESHOLDS = tuple(Arm(f"threshold {t:g}", "threshold", t, sparse_cross_entropy) for t in (0.06, 0.03, 0.02, 0.01))
+ARMS = (
+    CE_ONLY,
+    DENSE,
+    Arm("top-12 renormalised", "top_k", 12, renormalised),
+    Arm("top-64 with tail bucket", "top_k", 64, top_k_forward_kl),
+    RANDOM,
+    *THRESHOLDS,
+)
+
+
+@dataclass(frozen=True)
+class DrawnTargets:
+    """The sparse targets of some blocks of a text, as a run's cache would hold them."""
+
+    by_block: dict[int, tuple[Tensor, Tensor, Tensor]]  # ids a position (T - 1,), ids (E,), weights (E,)
+    size: dict[str, float]  # ids and bytes per position, see `stored_size`
+
+    def entries(self, rows: Tensor) -> Entries:
+        """Return the entries of blocks `rows` (n,), position after position."""
+        counts, ids, weights = zip(*(self.by_block[row] for row in rows.tolist()), strict=True)
+        offsets = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return offsets, torch.cat(ids), torch.cat(weights)
+
+
+@torch.no_grad()
+def draw(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int, at_once: int) -> DrawnTargets:
+    """Draw the targets of blocks `rows` (n,), `at_once` at a time, and weigh the first `SHARD_BLOCKS` as a shard."""
+    by_block, kept = {}, []
+    for part in rows.split(at_once):
+        targets = sample_blocks(arm, text, part, seed=seed)
+        offsets, ids, weights = targets.entries()
+        bounds = offsets[:: text.positions].tolist()
+        for at, row in enumerate(part.tolist()):
+            inside = slice(bounds[at], bounds[at + 1])
+            counts = offsets[at * text.positions : (at + 1) * text.positions + 1].diff()
+            by_block[row] = counts, ids[inside], weights[inside]
+        if len(by_block) <= SHARD_BLOCKS:
+            kept.append(targets.cpu())
+    weighed = rows[: sum(len(part) for part in kept) // text.positions]
+    return DrawnTargets(by_block, stored_size(concatenate(kept), text, weighed))
+
+
+def sample_blocks(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int) -> SparseTargets:
+    """Sample the targets of every position of blocks `rows` (n,) with the product's sampler."""
+    assert arm.method is not None
+    return sample(
+        read_logits(text.teacher_logits(rows), next_ids=text.labels(rows)),
+        method=arm.method,
+        parameter=arm.parameter,
+        seed=seed,
+        sample_index=rows.repeat_interleave(text.positions),
+        position=torch.arange(text.positions, device=rows.device).repeat(len(rows)),
+    )
+
+
+def stored_size(targets: SparseTargets, text: TaughtText, rows: Tensor) -> dict[str, float]:
+    """Return ids and bytes per position of the targets of blocks `rows` as one shard of a cache.
+
+    The bytes are those of a whole file with the targets alone, header and HDF5's own included; `input_ids` are what
+    the file grows by with them. Ranks are counted over the whole text.
+    """
+    ranks = invert(rank_tokens(np.bincount(text.ids.flatten().cpu().numpy(), minlength=text.vocab_size)))
+    columns = encode(targets.arrays(), method=targets.method, parameter=targets.parameter, ranks=ranks)
+    ids_type = np.dtype("<u2" if text.vocab_size <= 1 << 16 else "<u4")
+    input_ids = narrow(ranks[text.ids[rows].flatten().cpu().numpy()], ids_type, name="input_ids")
+    alone, with_ids = (len(_file(each)) for each in (columns, {**columns, "input_ids": input_ids}))
+    return {
+        "ids_per_position": (len(targets.head_ids) + len(targets.tail_ids)) / len(targets),
+        "bytes_per_position": alone / len(targets),
+        "input_ids_bytes_per_position": (with_ids - alone) / len(targets),
+    }
+
+
+def losses_of(arm: Arm, text: TaughtText, targets: DrawnTargets | None) -> Losses:
+    """Return the training loss of a method; `targets` are those that it draws, if it does."""
+    if targets is not None:
+        drawn, divergence = targets, arm.divergence
+        assert divergence is not None
+        return lambda logits, rows: divergence(logits, drawn.entries(rows))
+    if arm == DENSE:
+        return lambda logits, rows: forward_kl(logits, text.teacher_logits(rows))
+    return lambda logits, rows: cross_entropy(logits, text.labels(rows))
+
+
+@torch.no_grad()
+def examine(student: LlamaForCausalLM, text: TaughtText, *, at_once: int) -> dict[str, float]:
+    """Measure a student on held-out text against the dense teacher: CE and KL in nats, agreement and ECE as shares."""
+    student.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    bins = torch.zeros(BINS, 3, dtype=torch.float64)
+    for rows in torch.arange(len(text.ids), device=text.ids.device).split(at_once):
+        logits, teacher, labels = logits_of(student, text.ids[rows]), text.teacher_logits(rows), text.labels(rows)
+        confidence, top_id = student_logprobs(logits).max(dim=-1)
+        confidence = confidence.exp()
+        values = [cross_entropy(logits, labels), forward_kl(logits, teacher), top_id == teacher.argmax(dim=-1)]
+        sums += torch.stack([value.double().sum() for value in values]).cpu()
+        in_bin = (confidence * BINS).long().clamp(max=BINS - 1)
+        counted = torch.stack([torch.ones_like(confidence), confidence, top_id == labels], dim=1).double()
+        bins.index_add_(0, in_bin.cpu(), counted.cpu())
+    positions = len(text.ids) * text.positions
+    ce, kl, agreed = (sums / positions).tolist()
+    error = float((bins[:, 1] - bins[:, 2]).abs().sum() / positions)
+    return {"ce": ce, "kl": kl, "top1_agreement": agreed, "ece": error}
+
+
+@torch.no_grad()
+def teacher_figures(text: TaughtText, *, at_once: int) -> tuple[float, float]:
+    """Return the teacher's own mean cross-entropy and entropy on a text, in nats."""
+    ce = entropy = 0.0
+    for rows in torch.arange(len(text.ids), device=text.ids.device).split(at_once):
+        chunk = read_logits(text.teacher_logits(rows), next_ids=text.labels(rows))
+        ce, entropy = ce - float(chunk.logprob.sum()), entropy + float(chunk.entropy.sum())
+    positions = len(text.ids) * text.positions
+    return ce / positions, entropy / positions
+
+
+def _file(columns: dict[str, np.ndarray]) -> bytes:
+    """Return a shard's file with these columns; its header, of fixed size, is left blank."""
+    blank = {field.name: field.type() for field in fields(ShardHeader)}  # type: ignore[operator]
+    return shard_bytes(blank, columns)

@@ -1,0 +1,147 @@
+"""What the runs of the quality experiment say: a table, paired differences, a verdict, a plot.
+
+The one decision: methods are compared in pairs, seed by seed, since runs of one seed share their first weights and
+their order of data: the difference of two methods spreads far less over seeds than either of them. It needs runs of
+the same seeds; a seed that lacks one of the two methods is left out of that comparison.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from bench.quality_methods import ARMS, CE_ONLY, DENSE, RANDOM, THRESHOLDS
+
+Run = Mapping[str, Any]  # method, seed, ce, kl, top1_agreement, ece, ids_per_position, bytes_per_position, ...
+
+COLUMNS = ("method", "seeds", "ids", "bytes", "KL to teacher", "held-out CE", "top-1 agreement, %", "ECE, %")
+PAIRED = ("minus dense KD, seed by seed", "seeds", "KL to teacher", "held-out CE", "top-1 agreement, %")
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return a line for each method: its mean over seeds, and in parentheses the smallest and the largest."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for name, of_method in by_method(runs):
+        size = [_mean_or_dash(of_method, key) for key in ("ids_per_position", "bytes_per_position")]
+        shares = [_spread([100 * run[key] for run in of_method], "{:.2f}") for key in ("top1_agreement", "ece")]
+        nats = [_spread([run[key] for run in of_method], "{:.4f}") for key in ("kl", "ce")]
+        rows.append((name, str(len(of_method)), *size, *nats, *shares))
+    return _aligned(rows)
+
+
+def paired_table(runs: Sequence[Run]) -> str:
+    """Return a line for each method but dense KD: mean (smallest .. largest) of its differences to dense KD."""
+    rows: list[tuple[str, ...]] = [PAIRED]
+    for name, _ in by_method(runs):
+        pairs = paired(runs, name, DENSE.name)
+        if name == DENSE.name or not pairs:
+            continue
+        cells = [_spread([a[key] - b[key] for a, b in pairs], "{:+.4f}") for key in ("kl", "ce")]
+        cells.append(_spread([100 * (a["top1_agreement"] - b["top1_agreement"]) for a, b in pairs], "{:+.2f}"))
+        rows.append((name, str(len(pairs)), *cells))
+    return _aligned(rows)
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """Say, by figures, whether a threshold with no more ids than random N=50 is nearer to dense KD than that is."""
+    means = {name: summary(of_method) for name, of_method in by_method(runs)}
+    if not {RANDOM.name, DENSE.name} <= set(means):
+        return "No verdict: it needs finished runs of random N=50 and of dense KD."
+    ids = means[RANDOM.name]["ids_per_position"]
+    lines = [f"Threshold settings with no more ids than {RANDOM.name} ({ids:.1f} a position), over the same seeds:"]
+    nearer = []
+    for arm in THRESHOLDS:
+        distances = distances_to_dense(runs, arm.name, RANDOM.name)
+        if arm.name in means and means[arm.name]["ids_per_position"] <= ids and distances:
+            own, other = (fmean(pair[at] for pair in distances) for at in (0, 1))
+            wins = sum(a < b for a, b in distances)
+            lines.append(
+                f"  {arm.name} ({means[arm.name]['ids_per_position']:.1f} ids): KL above dense KD's by {own:.4f}, "
+                f"random's by {other:.4f}; nearer in {wins} of {len(distances)} seeds"
+            )
+            nearer += [arm.name] if own < other else []
+    said = f"YES, on the mean over seeds: {', '.join(nearer)}" if nearer else "NO, none of them on the mean over seeds"
+    return "\n".join([*lines, f"Is one of them nearer to dense KD than {RANDOM.name}? {said}."])
+
+
+def by_method(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
+    """Return the methods that have runs, in the order of `ARMS`, with their runs by seed."""
+    ordered = sorted(runs, key=lambda run: run["seed"])
+    found = [(arm.name, [run for run in ordered if run["method"] == arm.name]) for arm in ARMS]
+    return [(name, of_method) for name, of_method in found if of_method]
+
+
+def paired(runs: Sequence[Run], name: str, other: str) -> list[tuple[Run, Run]]:
+    """Return the runs of two methods that share a seed, by seed."""
+    of = dict(by_method(runs))
+    others = {run["seed"]: run for run in of.get(other, [])}
+    return [(run, others[run["seed"]]) for run in of.get(name, []) if run["seed"] in others]
+
+
+def distances_to_dense(runs: Sequence[Run], name: str, other: str) -> list[tuple[float, float]]:
+    """Return, for each seed that has all three, how far the KLs of two methods lie from that of dense KD."""
+    dense = {run["seed"]: run["kl"] for run in runs if run["method"] == DENSE.name}
+    pairs = paired(runs, name, other)
+    return [(abs(a["kl"] - dense[a["seed"]]), abs(b["kl"] - dense[b["seed"]])) for a, b in pairs if a["seed"] in dense]
+
+
+def summary(of_method: Sequence[Run]) -> dict[str, Any]:
+    """Return the means of a method's runs, and the standard deviations over seeds of those that have one."""
+    keys = [key for key, value in of_method[0].items() if isinstance(value, float)]
+    means: dict[str, Any] = {key: fmean(run[key] for run in of_method) for key in keys}
+    if len(of_method) > 1:
+        means |= {f"{key}_sd": stdev(run[key] for run in of_method) for key in keys}
+    return {"method": of_method[0]["method"], "seeds": [run["seed"] for run in of_method], **means}
+
+
+def plot(runs: Sequence[Run], path: Path, *, title: str) -> None:
+    """Draw KL to the teacher and held-out CE against bytes per position, means with the range over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    of = dict(by_method(runs))
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("kl", "ce"), ("held-out KL to the teacher, nats", "held-out CE, nats"), strict=True
+    ):
+        for arm, style in ((CE_ONLY, "-."), (DENSE, "--")):
+            if arm.name in of:
+                axes.axhline(fmean(run[key] for run in of[arm.name]), color="0.45", linestyle=style, label=arm.name)
+        for name, of_method in of.items():
+            if name not in (CE_ONLY.name, DENSE.name):
+                _point(axes, of_method, key, name)
+        curve = [summary(of[arm.name]) for arm in THRESHOLDS if arm.name in of]
+        axes.plot([row["bytes_per_position"] for row in curve], [row[key] for row in curve], color="C0", linewidth=1)
+        axes.set(xscale="log", xlabel="bytes per position, without input_ids", ylabel=label)
+        axes.minorticks_off()
+        axes.set_xticks(ticks := [5, 10, 20, 50, 100, 200], [str(tick) for tick in ticks])
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _point(axes: Any, of_method: Sequence[Run], key: str, name: str) -> None:
+    values = [run[key] for run in of_method]
+    mean, at = fmean(values), fmean(run["bytes_per_position"] for run in of_method)
+    below_above = [[mean - min(values)], [max(values) - mean]]
+    color = {"threshold": "C0", "random": "C1", "top-12": "C3", "top-64": "C2"}[name.split()[0]]
+    axes.errorbar([at], [mean], yerr=below_above, fmt="o", color=color, capsize=3, markersize=4)
+    axes.annotate(name, (at, mean), xytext=(5, 5), textcoords="offset points", fontsize=7, color=color)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    low, mean, high = (form.format(value) for value in (min(values), fmean(values), max(values)))
+    return f"{mean} ({low} .. {high})"
+
+
+def _mean_or_dash(of_method: Sequence[Run], key: str) -> str:
+    return "-" if of_method[0][key] is None else f"{fmean(run[key] for run in of_method):.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
