@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from accel_distill import uniforms
 from accel_distill.errors import CacheMismatch, exit_with
-from bench.quality_methods import ARMS, Arm, draw, examine, losses_of, teacher_figures
+from bench.quality_methods import ARMS, Arm, draw, examine, losses_of, teacher_figures, weigh
 from bench.quality_report import by_method, paired_table, plot, summary, table, verdict
 from bench.quality_teacher import Lesson, TeacherPlan, prepare
 from bench.quality_training import Schedule, Shape, block_order, fit, logits_of
@@ -66,7 +66,7 @@ PRESETS = {
     "cpu": Plan(
         teacher=TRAINED,
         student=Shape(hidden_size=96, intermediate_size=256, layers=3, heads=4),
-        schedule=Schedule(steps=700, batch=8, learning_rate=3e-3),
+        schedule=Schedule(steps=700, batch=8, learning_rate=8e-3),
         block=256,
         blocks_at_once=8,
     ),
@@ -115,14 +115,15 @@ def experiment(
         plan.teacher, data=data, work=work, block=plan.block, blocks_at_once=plan.blocks_at_once, device=device
     )
     settings = settings_of(plan, lesson, device=device)
-    runs = finished_runs(json_path, settings)
+    sizes = {arm.name: weigh(arm, lesson.train, at_once=plan.blocks_at_once) for arm in ARMS}
+    runs = [{**run, **sizes[run["method"]]} for run in finished_runs(json_path, settings)]  # by today's codec
     print(description(plan, lesson, device=device), flush=True)
     print(f"The teacher is there after {time.perf_counter() - started:.0f} s.", flush=True)
     for seed in seeds:
         for arm in ARMS:
             if any(run["method"] == arm.name and run["seed"] == seed for run in runs):
                 continue
-            runs.append(run_arm(arm, plan, lesson, seed=seed))
+            runs.append({**run_arm(arm, plan, lesson, seed=seed), **sizes[arm.name]})
             if json_path is not None:
                 write_json(json_path, {"settings": settings, **report(runs)})
             print(_line(runs[-1]), flush=True)
@@ -149,12 +150,10 @@ def run_arm(arm: Arm, plan: Plan, lesson: Lesson, *, seed: int) -> dict[str, Any
         learning_rate=plan.schedule.learning_rate,
         blocks_at_once=plan.blocks_at_once,
     )
-    nothing = dict.fromkeys(("ids_per_position", "bytes_per_position", "input_ids_bytes_per_position"))
     return {
         "method": arm.name,
         "seed": seed,
         **examine(student, lesson.held_out, at_once=plan.blocks_at_once),
-        **(nothing if targets is None else targets.size),
         "seconds": time.perf_counter() - started,
     }
 

@@ -30,7 +30,7 @@ from bench.quality_teacher import TaughtText
 from bench.quality_training import logits_of
 
 BINS = 15  # of equal width, for the expected calibration error, as the Trainer has them
-SHARD_BLOCKS = 512  # the first so many blocks of a run are encoded as one shard, to weigh them
+SHARD_BLOCKS = 512  # the first so many blocks of a text are encoded as one shard, to weigh it
 
 Divergence = Callable[[Tensor, Entries], Tensor]
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ def renormalised(logits: Tensor, entries: Entries) -> Tensor:
 CE_ONLY = Arm("CE only")
 DENSE = Arm("dense KD")
 RANDOM = Arm("random N=50", "random", 50, sparse_cross_entropy)
-THRESHOLDS = tuple(Arm(f"threshold {t:g}", "threshold", t, sparse_cross_entropy) for t in (0.06, 0.03, 0.02, 0.01))
+THRESHOLDS = tuple(Arm(f"threshold {t:g}", "threshold", t, sparse_cross_entropy) for t in (0.06, 0.03, 0.02))
 ARMS = (
     CE_ONLY,
     DENSE,
@@ -73,7 +73,6 @@ class DrawnTargets:
     """The sparse targets of some blocks of a text, as a run's cache would hold them."""
 
     by_block: dict[int, tuple[Tensor, Tensor, Tensor]]  # ids a position (T - 1,), ids (E,), weights (E,)
-    size: dict[str, float]  # ids and bytes per position, see `stored_size`
 
     def entries(self, rows: Tensor) -> Entries:
         """Return the entries of blocks `rows` (n,), position after position."""
@@ -84,20 +83,16 @@ class DrawnTargets:
 
 @torch.no_grad()
 def draw(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int, at_once: int) -> DrawnTargets:
-    """Draw the targets of blocks `rows` (n,), `at_once` at a time, and weigh the first `SHARD_BLOCKS` as a shard."""
-    by_block, kept = {}, []
+    """Draw the targets of blocks `rows` (n,), `at_once` at a time."""
+    by_block = {}
     for part in rows.split(at_once):
-        targets = sample_blocks(arm, text, part, seed=seed)
-        offsets, ids, weights = targets.entries()
+        offsets, ids, weights = sample_blocks(arm, text, part, seed=seed).entries()
         bounds = offsets[:: text.positions].tolist()
         for at, row in enumerate(part.tolist()):
             inside = slice(bounds[at], bounds[at + 1])
             counts = offsets[at * text.positions : (at + 1) * text.positions + 1].diff()
             by_block[row] = counts, ids[inside], weights[inside]
-        if len(by_block) <= SHARD_BLOCKS:
-            kept.append(targets.cpu())
-    weighed = rows[: sum(len(part) for part in kept) // text.positions]
-    return DrawnTargets(by_block, stored_size(concatenate(kept), text, weighed))
+    return DrawnTargets(by_block)
 
 
 def sample_blocks(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int) -> SparseTargets:
@@ -113,12 +108,17 @@ def sample_blocks(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int) -> Spa
     )
 
 
-def stored_size(targets: SparseTargets, text: TaughtText, rows: Tensor) -> dict[str, float]:
-    """Return ids and bytes per position of the targets of blocks `rows` as one shard of a cache.
+@torch.no_grad()
+def weigh(arm: Arm, text: TaughtText, *, at_once: int) -> dict[str, float | None]:
+    """Return ids and bytes per position of a method's targets as one shard of a cache; None where it stores nothing.
 
     The bytes are those of a whole file with the targets alone, header and HDF5's own included; `input_ids` are what
     the file grows by with them. Ranks are counted over the whole text.
     """
+    if arm.method is None:
+        return {"ids_per_position": None, "bytes_per_position": None, "input_ids_bytes_per_position": None}
+    rows = torch.arange(min(SHARD_BLOCKS, len(text.ids)), device=text.ids.device)
+    targets = concatenate([sample_blocks(arm, text, part, seed=0).cpu() for part in rows.split(at_once)])
     ranks = invert(rank_tokens(np.bincount(text.ids.flatten().cpu().numpy(), minlength=text.vocab_size)))
     columns = encode(targets.arrays(), method=targets.method, parameter=targets.parameter, ranks=ranks)
     ids_type = np.dtype("<u2" if text.vocab_size <= 1 << 16 else "<u4")
