@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accel_distill.codec import STAT_STEPS, Method, decode
-from accel_distill.errors import CacheMismatch, DamagedCache
+from accel_distill.codec import Method, offsets
+from accel_distill.errors import CacheMismatch
 from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
-from accel_distill.shard import ShardFile
+from accel_distill.rows import RowReader, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from accel_distill.targets import SparseTargets
 
-OPEN_SHARDS = 8
+OPEN_POSITIONS = 4_000_000  # of the shards that stay open, decoded: about 50 bytes each, so 200 MB a process
+LEAST_OPEN, MOST_OPEN = 2, 64  # shards, however large or small
+BLOCK_TOKENS = 16_384  # decoded at once: fewer make the array operations small, more make a single sample slow
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class TeacherCache:
         self._shards: list[dict[str, Any]] = manifest["shards"]
         self.samples: int = manifest["samples"]  # of the stream
         self._length: int = manifest["sums"]["sequences"]
-        self._open: OrderedDict[int, _Rows] = OrderedDict()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
         return self._length
@@ -61,7 +63,7 @@ class TeacherCache:
         if not -len(self) <= item < len(self):
             raise IndexError(f"item {item} of a cache of {len(self)}")
         shard, row = self._places[item]
-        return self._rows(int(shard)).sample(int(row))
+        return self._shard(int(shard)).sample(int(row))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -127,8 +129,18 @@ class TeacherCache:
         parts = [np.zeros(0, bool)]
         for number, shard in enumerate(self._shards):
             all_have = np.ones(shard["sequences"], bool)
-            parts.append(self._rows(number).has_target if shard["untargeted"] else all_have)
+            parts.append(self._shard(number).has_target if shard["untargeted"] else all_have)
         return np.concatenate(parts)[self._order]
+
+    @property
+    def shard_of_item(self) -> np.ndarray:
+        """(len,) int64: the number of the shard that each item is in."""
+        return self._places[:, 0]
+
+    @cached_property
+    def shard_positions(self) -> np.ndarray:
+        """(shards,) int64: how many positions with a target each shard holds."""
+        return np.array([shard["positions"] for shard in self._shards], np.int64)
 
     @property
     def _places(self) -> np.ndarray:
@@ -155,86 +167,82 @@ class TeacherCache:
                 first = layout.first_sample(shard["group"], shard["lane"])
                 parts.append(first + layout.lanes * np.arange(shard["samples"]))
             else:
-                parts.append(self._rows(number).sample_indices)
+                parts.append(self._shard(number).sample_indices)
         return np.concatenate(parts)
 
-    def _rows(self, number: int) -> "_Rows":
+    def _shard(self, number: int) -> "_Shard":
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self._shards[number]
         path = self._record.shard_path(shard["group"], shard["lane"], shard["samples"])
-        rows = self._open[number] = _Rows(path, self._record, expected=shard)
-        if len(self._open) > OPEN_SHARDS:
+        opened = self._open[number] = _Shard(path, self._record, expected=shard)
+        while self._too_many_open():
             self._open.popitem(last=False)[1].close()
-        return rows
+        return opened
+
+    def _too_many_open(self) -> bool:
+        count = len(self._open)
+        return count > MOST_OPEN or (
+            count > LEAST_OPEN and self.shard_positions[list(self._open)].sum() > OPEN_POSITIONS
+        )
 
 
-class _Rows:
-    """The rows of one open shard."""
+class _Shard:
+    """The rows of one open shard, decoded a block at a time; blocks stay decoded while the shard is open."""
 
     def __init__(self, path: Path, record: Record, *, expected: dict[str, Any]) -> None:
         """Open the shard; `expected` is what the manifest says of it."""
-        self._file, self._record = ShardFile(path, dtypes=record.dtypes), record
-        header = self._file.header
+        self._method, self._parameter = record.method, record.parameter
+        self._reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
+        header = self._reader.header
         if (found := manifest_entry(path.name, header)) != expected:
             key = next(key for key in found if found[key] != expected[key])
-            raise self._damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
-        self.sample_indices = self._exactly(header.sequences, "sample_index")
-        self._tokens = self._offsets("token_offsets", header.tokens)
-        self._positions = self._offsets("target_offsets", header.positions)
-        self._heads = self._offsets("head_offsets", self._file.length("head_ids"))
-        tails = self._file.length("tail_ids") if "tail_ids" in record.dtypes else 0
-        self._tails = self._offsets("tail_offsets", tails)
-        packed = self._exactly(-(-header.tokens // 8), "target_mask")
-        self._mask = np.unpackbits(packed, bitorder="little", count=header.tokens).astype(bool)
-        self._stats = {name: self._exactly(header.sequences, name) / STAT_STEPS for name in ("entropy", "logprob")}
+            raise self._reader.damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
+        self.sample_indices = self._reader.sample_index
+        self.has_target = self._reader.row_positions > 0
+        self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens))
+        self._blocks: dict[int, _Block] = {}
 
-    @property
-    def has_target(self) -> np.ndarray:
-        return np.diff(self._positions) > 0
+    def sample(self, row: int) -> CachedSample:
+        """Return one row."""
+        number, inside = divmod(row, self._block_rows)
+        if number not in self._blocks:
+            first = number * self._block_rows
+            rows = self._reader.read(first, min(first + self._block_rows, len(self._reader)))
+            self._blocks[number] = _Block(rows, method=self._method, parameter=self._parameter)
+        return self._blocks[number].sample(inside)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+class _Block:
+    """Decoded rows, and where each of them starts."""
+
+    def __init__(self, rows: Rows, *, method: Method, parameter: float) -> None:
+        self._rows, self._method, self._parameter = rows, method, parameter
+        self._heads = offsets(rows.targets["head_count"])[rows.positions]
+        self._tails = offsets(rows.targets["tail_count"])[rows.positions]
 
     def sample(self, row: int) -> CachedSample:
         import torch
 
         from accel_distill.targets import SparseTargets
 
-        record = self._record
-        tokens = slice(self._tokens[row], self._tokens[row + 1])
-        positions = (self._positions[row], self._positions[row + 1])
-        heads, tails = (self._heads[row], self._heads[row + 1]), (self._tails[row], self._tails[row + 1])
-        ranges = {"head_count": positions, "head_ids": heads, "head_values": heads}
-        ranges |= {"tail_count": positions, "tail_ids": tails, "tail_values": tails}
-        columns = {name: self._file.read(name, *ranges[name]) for name in ranges if name in record.dtypes}
-        try:
-            arrays = decode(columns, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
-            ids = record.ids_by_rank[self._file.read("input_ids", tokens.start, tokens.stop)].astype(np.int64)
-        except (ValueError, IndexError) as error:
-            raise self._damaged(f"row {row}: {error}") from error
-        return CachedSample(
-            sample_index=int(self.sample_indices[row]),
-            input_ids=torch.from_numpy(ids),
-            target_mask=torch.from_numpy(self._mask[tokens].copy()),
-            targets=SparseTargets.from_arrays(arrays, method=record.method, parameter=record.parameter),
-            teacher_entropy=float(self._stats["entropy"][row]),
-            teacher_logprob=float(self._stats["logprob"][row]),
+        rows = self._rows
+        tokens, positions, heads, tails = (
+            slice(starts[row], starts[row + 1]) for starts in (rows.tokens, rows.positions, self._heads, self._tails)
         )
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _offsets(self, name: str, end: int) -> np.ndarray:
-        """Read an offsets column; it must ascend from 0 to `end`, one more than there are rows."""
-        found = self._exactly(self._file.header.sequences + 1, name)
-        if found[0] != 0 or found[-1] != end or np.diff(found).min(initial=0) < 0:
-            raise self._damaged(f"column {name} does not ascend from 0 to {end}")
-        return found
-
-    def _exactly(self, length: int, name: str) -> np.ndarray:
-        """Read a whole column, which must have `length` elements."""
-        if self._file.length(name) != length:
-            raise self._damaged(f"column {name} has {self._file.length(name)} elements, expected {length}")
-        return self._file.read(name)
-
-    def _damaged(self, what: str) -> DamagedCache:
-        return DamagedCache(f"shard {self._file.path}: {what}; delete this file and run generate again")
+        parts = {"head_count": positions, "head_ids": heads, "head_values": heads}
+        parts |= {"tail_count": positions, "tail_ids": tails, "tail_values": tails}
+        arrays = {name: rows.targets[name][part].astype(np.int64) for name, part in parts.items()}
+        return CachedSample(
+            sample_index=int(rows.sample_index[row]),
+            input_ids=torch.from_numpy(rows.input_ids[tokens].astype(np.int64)),
+            target_mask=torch.from_numpy(rows.target_mask[tokens].copy()),
+            targets=SparseTargets.from_arrays(arrays, method=self._method, parameter=self._parameter),
+            teacher_entropy=float(rows.entropy[row]),
+            teacher_logprob=float(rows.logprob[row]),
+        )

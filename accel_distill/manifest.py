@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from accel_distill.codec import Method, column_dtypes
+from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
 from accel_distill.publish import publish, replace, sync_directory
+from accel_distill.rows import row_columns
 from accel_distill.shard import HEADER_BYTES, ShardHeader, header_sha256, read_header
 
-SEQUENCE_COLUMNS = ("sample_index", "token_offsets", "target_offsets", "head_offsets", "tail_offsets")
-STAT_COLUMNS = ("entropy", "logprob")  # summed over a sequence, 1/256 nat
 SUMMED = ("sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite", "bytes")
 MANIFEST_KEYS = {"cache_id", "samples", "stream_end", "shards", "sums"}
 SHARD_KEYS = {"name", "header_sha256", "group", "lane", "samples", *SUMMED}
@@ -76,9 +75,7 @@ class Record:
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """Name and dtype of every column of a shard."""
-        wide = {name: np.dtype("<i8") for name in SEQUENCE_COLUMNS + STAT_COLUMNS}
-        targets = column_dtypes(self.method, self.parameter, self.vocab_size)
-        return {**wide, "input_ids": targets["head_ids"], "target_mask": np.dtype("u1"), **targets}
+        return row_columns(self.method, self.parameter)
 
     def shard_path(self, group: int, lane: int, samples: int) -> Path:
         """Return where a shard is or would be."""

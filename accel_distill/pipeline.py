@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from accel_distill.codec import STAT_STEPS, encode, invert, narrow, offsets
+from accel_distill.codec import invert, offsets
 from accel_distill.errors import ConfigError
 from accel_distill.manifest import Record
+from accel_distill.rows import Rows, encode_rows
 from accel_distill.shard import shard_bytes
 from accel_distill.stream import OpenShard, hash_texts
 from accel_distill.targets import SparseTargets, concatenate, no_targets
@@ -98,25 +99,20 @@ class ShardMaker:
         return shard_bytes(fields, self._columns(content, lengths, target_counts))
 
     def _columns(self, content: ShardContent, lengths: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-        dtypes = self._record.dtypes
-        arrays = content.targets.arrays()
-        ends = offsets(targets)
-        ids = np.concatenate([row.ids for row in content.rows])
-        mask = np.ones(len(ids), np.uint8)
-        mask[np.cumsum(lengths)[lengths > 0] - 1] = 0  # a sequence's last token has no next one
-        plain = {
-            "sample_index": np.array([row.sample_index for row in content.rows]),
-            "token_offsets": offsets(lengths),
-            "target_offsets": ends,
-            "head_offsets": offsets(arrays["head_count"])[ends],
-            "tail_offsets": offsets(arrays["tail_count"])[ends],
-            "entropy": np.rint(content.entropy * STAT_STEPS),
-            "logprob": np.rint(content.logprob * STAT_STEPS),
-            "input_ids": narrow(self._ranks[ids], dtypes["input_ids"], name="input_ids"),
-            "target_mask": np.packbits(mask, bitorder="little"),
-        }
-        encoded = encode(arrays, method=self._record.method, parameter=self._record.parameter, ranks=self._ranks)
-        return {name: {**plain, **encoded}[name].astype(dtype) for name, dtype in dtypes.items()}
+        tokens = offsets(lengths)
+        mask = np.ones(tokens[-1], bool)
+        mask[tokens[1:][lengths > 0] - 1] = False  # a sequence's last token has no next one
+        rows = Rows(
+            sample_index=np.array([row.sample_index for row in content.rows]),
+            tokens=tokens,
+            positions=offsets(targets),
+            input_ids=np.concatenate([row.ids for row in content.rows]),
+            target_mask=mask,
+            targets=content.targets.arrays(),
+            entropy=content.entropy,
+            logprob=content.logprob,
+        )
+        return encode_rows(rows, method=self._record.method, parameter=self._record.parameter, ranks=self._ranks)
 
 
 def batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from accel_distill.codec import Method
@@ -29,6 +29,7 @@ from accel_distill.losses import (
     student_logprobs,
     top_k_forward_kl,
 )
+from accel_distill.shuffle import window_sampler
 
 Batch = dict[str, Tensor]  # what CachedLogitCollator returns
 
@@ -99,6 +100,15 @@ class DistillationTrainer(Trainer):
             self._since_log.zero_()
             logs |= {"kd": kd / max(positions, 1), "ce": ce / max(positions, 1)}
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Read a cache through windows of its shards; the epoch is the Trainer's own, also after a resumption."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = window_sampler(dataset, seed=seed, epoch=lambda: int(self.state.epoch or 0))
+        if sampler is None or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with the last samples also where training drops an incomplete batch."""

@@ -5,8 +5,11 @@ every epoch, as a cache is; uniforms depend on (run's seed, block, position). It
 (0.5 M positions x 64 ids x 12 bytes = 384 MB at worst on the CPU).
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from accel_distill.codec import Method, encode, invert, narrow, rank_tokens
+from accel_distill.codec import Method, invert, rank_tokens
 from accel_distill.losses import (
     Entries,
     cross_entropy,
@@ -24,6 +27,7 @@ from accel_distill.losses import (
     student_logprobs,
     top_k_forward_kl,
 )
+from accel_distill.rows import RowReader, Rows, encode_rows
 from accel_distill.shard import ShardHeader, shard_bytes
 from accel_distill.targets import SparseTargets, concatenate, read_logits, sample
 from bench.quality_teacher import TaughtText
@@ -119,16 +123,41 @@ def weigh(arm: Arm, text: TaughtText, *, at_once: int) -> dict[str, float | None
         return {"ids_per_position": None, "bytes_per_position": None, "input_ids_bytes_per_position": None}
     rows = torch.arange(min(SHARD_BLOCKS, len(text.ids)), device=text.ids.device)
     targets = concatenate([sample_blocks(arm, text, part, seed=0).cpu() for part in rows.split(at_once)])
-    ranks = invert(rank_tokens(np.bincount(text.ids.flatten().cpu().numpy(), minlength=text.vocab_size)))
-    columns = encode(targets.arrays(), method=targets.method, parameter=targets.parameter, ranks=ranks)
-    ids_type = np.dtype("<u2" if text.vocab_size <= 1 << 16 else "<u4")
-    input_ids = narrow(ranks[text.ids[rows].flatten().cpu().numpy()], ids_type, name="input_ids")
-    alone, with_ids = (len(_file(each)) for each in (columns, {**columns, "input_ids": input_ids}))
+    ids_by_rank = rank_tokens(np.bincount(text.ids.flatten().cpu().numpy(), minlength=text.vocab_size))
+    stored, size = _stored(targets, text.ids[rows].cpu().numpy(), ids_by_rank=ids_by_rank)
+    inputs = sum(count for name, count in stored.items() if "input_ids" in name)
     return {
         "ids_per_position": (len(targets.head_ids) + len(targets.tail_ids)) / len(targets),
-        "bytes_per_position": alone / len(targets),
-        "input_ids_bytes_per_position": (with_ids - alone) / len(targets),
+        "bytes_per_position": (size - inputs) / len(targets),
+        "input_ids_bytes_per_position": inputs / len(targets),
     }
+
+
+def _stored(targets: SparseTargets, ids: np.ndarray, *, ids_by_rank: np.ndarray) -> tuple[dict[str, int], int]:
+    """Write blocks of ids (n, T) with their targets as a shard; return the bytes of its columns, and of the file."""
+    count, width = ids.shape
+    positions = len(targets) // count
+    rows = Rows(
+        sample_index=np.arange(count),
+        tokens=np.arange(count + 1) * width,
+        positions=np.arange(count + 1) * positions,
+        input_ids=ids.flatten(),
+        target_mask=np.tile(np.arange(width) < positions, count),
+        targets=targets.arrays(),
+        entropy=np.zeros(count),
+        logprob=np.zeros(count),
+    )
+    settings: dict[str, Any] = {"method": targets.method, "parameter": targets.parameter}
+    blank = {field.name: field.type() for field in fields(ShardHeader) if field.name != "format"}  # type: ignore[operator]
+    header = blank | {"samples": count, "sequences": count, "tokens": ids.size, "positions": len(targets)}
+    data = shard_bytes(header, encode_rows(rows, **settings, ranks=invert(ids_by_rank)))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "shard.h5"
+        path.write_bytes(data)
+        reader = RowReader(path, **settings, ids_by_rank=ids_by_rank)
+        stored = reader.stored_bytes()
+        reader.close()
+    return stored, len(data)
 
 
 def losses_of(arm: Arm, text: TaughtText, targets: DrawnTargets | None) -> Losses:
@@ -172,9 +201,3 @@ def teacher_figures(text: TaughtText, *, at_once: int) -> tuple[float, float]:
         ce, entropy = ce - float(chunk.logprob.sum()), entropy + float(chunk.entropy.sum())
     positions = len(text.ids) * text.positions
     return ce / positions, entropy / positions
-
-
-def _file(columns: dict[str, np.ndarray]) -> bytes:
-    """Return a shard's file with these columns; its header, of fixed size, is left blank."""
-    blank = {field.name: field.type() for field in fields(ShardHeader)}  # type: ignore[operator]
-    return shard_bytes(blank, columns)

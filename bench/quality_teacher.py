@@ -152,6 +152,7 @@ def _teacher(
     made_from = f"{plan.shape} {plan.schedule} {vocab_size} {device.type}".encode() + blocks.numpy().tobytes()
     path = work / f"teacher-{hashlib.sha256(made_from).hexdigest()[:12]}"
     if not path.is_dir():
+        print(f"Training the teacher, once; it will be kept in {path}", flush=True)
         model = _trained(plan.shape, plan.schedule, blocks.to(device), vocab_size=vocab_size, at_once=at_once)
         _publish(model, path)
     return AutoModelForCausalLM.from_pretrained(path).to(device)

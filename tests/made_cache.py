@@ -56,6 +56,8 @@ def made_targets(positions: int, *, method: Method, vocab: int, seed: int) -> Sp
     scale = weight_scale(method, parameter)
     count = np.full(positions, 3 if method == "top_k" else 1)
     values = rng.integers(1, scale + 1, count.sum())
+    if method == "top_k":
+        values = np.sort(values.reshape(positions, 3)).flatten()
     tails = np.zeros(positions, np.int64)
     if method == "threshold":
         tails = tail_counts(parameter)[scale - values]

@@ -78,7 +78,7 @@ def test_large_vocabularies_keep_every_id(method: Method, vocab: int, tmp_path: 
     every = np.random.default_rng(0).permutation(vocab)
     heads, tails = every, np.zeros(0, np.int64)
     count, tail_count = np.ones(vocab, np.int64), np.zeros(vocab, np.int64)
-    values = np.full(vocab, {"threshold": 512, "top_k": 700, "random": 20}[method])
+    values = np.full(vocab, {"threshold": 32, "top_k": 700, "random": 20}[method])
     if method == "random":
         tails, tail_count, values = np.roll(every, 1), count, np.full(vocab, 19)
     tail_values = np.ones(len(tails), np.int64)
@@ -133,12 +133,17 @@ def test_it_opens_no_shard_until_an_item_is_asked_for(copied: Path) -> None:
         cache[0]
 
 
-def test_it_keeps_a_few_shards_open_and_no_more(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 2)
+@pytest.mark.parametrize("least_open", [True, False])
+def test_it_keeps_a_few_shards_open_and_no_more(least_open: bool, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if least_open:
+        monkeypatch.setattr(cache_module, "OPEN_POSITIONS", 1)
+    else:
+        monkeypatch.setattr(cache_module, "MOST_OPEN", 2)
     cache = TeacherCache(made)
     for item in [0, 12, 5, 1, 7, 0, 3, 12]:
         assert cache[item].sample_index == item
         assert len(cache._open) <= 2
+    assert len(cache._open) == 2
 
 
 def test_it_pickles_also_with_shards_open_and_works_in_worker_processes(made: Path) -> None:
@@ -204,7 +209,7 @@ def test_a_flipped_byte_is_an_error_and_never_a_sample(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "column", ["sample_index", "entropy", "logprob", "target_mask", "token_offsets", "head_offsets"]
+    "column", ["sample_index", "entropy", "logprob", "target_mask", "row_tokens", "row_head_ids_bits", "tail_ids_bits"]
 )
 @pytest.mark.parametrize("change", ["shorter", "longer"])
 def test_a_column_of_the_wrong_length_is_refused(
@@ -234,13 +239,45 @@ def forge_columns(path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> N
     make_cache(path, make_rows(LENGTHS))
 
 
-HOSTILE_VALUES: dict[str, tuple[str, int, str]] = {
-    "an input id beyond the vocabulary": ("input_ids", 255, "row 0: index 255"),
-    "a head id beyond the vocabulary": ("head_ids", 255, "rank 255, but the vocabulary has 50 ids"),
-    "weights above the total": ("head_values", 65_535, "more than the total 512"),
-    "a position without head": ("head_count", 0, "head_count is 0"),
-    "offsets that descend": ("token_offsets", 10**6, "column token_offsets does not ascend from 0 to"),
-    "offsets below zero": ("head_offsets", -1, "column head_offsets does not ascend from 0 to"),
+def set_first(column: str, value: int) -> Any:
+    return lambda columns: columns[column].__setitem__(0, value)
+
+
+def beyond_the_vocabulary(column: str) -> Any:
+    """Turn a rank of 32 to 49 into one of 60 to 63, of as many bits."""
+
+    def change(columns: dict[str, np.ndarray]) -> None:
+        columns[column][np.flatnonzero(columns[column] >= 24)[0]] = 31
+
+    return change
+
+
+def one_target_more(columns: dict[str, np.ndarray]) -> None:
+    """Let the last token of the first row carry a target."""
+    byte, bit = divmod(int(columns["row_tokens"][0]) - 1, 8)
+    columns["target_mask"][byte] |= 1 << bit
+
+
+def move_the_first_target(columns: dict[str, np.ndarray]) -> None:
+    """Give the last token of the first row the first one's target."""
+    one_target_more(columns)
+    columns["target_mask"][0] ^= 1
+
+
+HOSTILE_VALUES: dict[str, tuple[Any, str]] = {
+    "an input id beyond the vocabulary": (beyond_the_vocabulary("input_ids"), "column input_ids: rank 6[0-3], but"),
+    "a head id beyond the vocabulary": (beyond_the_vocabulary("head_ids"), "column head_ids: rank 6[0-3], but"),
+    "a symbol of more bits": (set_first("tail_ids", 160), "column tail_ids: its symbols need .* bits, and it has"),
+    "a symbol of no value": (set_first("tail_ids", 255), "column tail_ids: symbol 255 stands for no value"),
+    "weights above the total": (set_first("top_values", 255), "head values sum to 255 .* more than the total 32"),
+    "a position without head": (set_first("head_count", 0), "head_count is 0"),
+    "a head without position": (set_first("head_count", 3), "head_ids holds .* values where its counts say"),
+    "other weights, so another tail": (set_first("top_values", 32), "tail_ids holds .* values where its counts say"),
+    "more tokens in a row": (set_first("row_tokens", 10**9), "column row_tokens sums to .* and its header says"),
+    "more heads in a row": (set_first("row_heads", 10**9), "column rest_values has 0 elements, expected 9999"),
+    "more bits in a row": (set_first("row_tail_ids_bits", 2**32 - 1), "column tail_ids_bits has .* elements, expected"),
+    "a target too many": (one_target_more, "target_mask says 9 targets in a row that says 8"),
+    "a target at a last token": (move_the_first_target, "a row's last token carries a target, but has no next token"),
 }
 
 
@@ -248,11 +285,10 @@ HOSTILE_VALUES: dict[str, tuple[str, int, str]] = {
 def test_values_that_contradict_each_other_are_refused(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    column, value, words = HOSTILE_VALUES[kind]
-    place = 1 if "offsets" in column else 0
-    forge_columns(tmp_path, monkeypatch, lambda columns: columns[column].__setitem__(place, value))
+    change, words = HOSTILE_VALUES[kind]
+    forge_columns(tmp_path, monkeypatch, change)
     with pytest.raises(DamagedCache, match=words):
-        TeacherCache(tmp_path)[0]
+        read_all(tmp_path)
 
 
 def test_a_manifest_of_another_cache_is_refused(copied: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`accel-distill inspect` on a real small cache: the figures are those of the files."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,3 +74,40 @@ def test_a_complete_cache_without_one_of_its_shards_is_damaged(cache, tmp_path, 
     (copy / "shards" / "shard-000001-001-4.h5").unlink()
     assert main([str(copy)]) == 6
     assert "1 of 8 shards are gone (the first: group 1, lane 1)" in capsys.readouterr().err
+
+
+def test_the_distributions_are_those_of_the_samples(cache):
+    found, samples = inspect_cache(cache)["distributions"], list(TeacherCache(cache))
+    heads = [count for sample in samples for count in sample.targets.head_count.tolist()]
+    tails = [count for sample in samples for count in sample.targets.tail_count.tolist()]
+    scale = samples[0].targets.scale
+    mass = sum(int(sample.targets.head_values.sum()) for sample in samples) / scale / len(heads)
+    entropies = [sample.teacher_entropy / len(sample.targets) for sample in samples if len(sample.targets)]
+    assert found["of_shards"] == 8
+    assert found["head_ids"]["mean"] == pytest.approx(sum(heads) / len(heads))
+    assert found["tail_ids"]["mean"] == pytest.approx(sum(tails) / len(tails)) and sum(tails) > 0
+    assert found["head_mass"]["mean"] == pytest.approx(mass) and 0 < mass < 1
+    assert found["entropy"]["mean"] == pytest.approx(sum(entropies) / len(entropies))
+    assert found["tokens"]["mean"] == pytest.approx(sum(len(sample.input_ids) for sample in samples) / 30)
+    for name in ("head_ids", "tail_ids", "head_mass"):
+        assert sum(found[name]["counts"]) == len(heads)
+    assert found["head_ids"]["edges"][-1] == max(heads)
+
+
+def test_the_bytes_of_the_columns_and_what_files_take_beside_them_are_all_bytes(cache):
+    found = inspect_cache(cache)
+    assert set(found["bytes_by_column"]) > {"head_ids", "head_ids_bits", "input_ids", "row_tokens"}
+    rest = found["bytes"] - sum(found["bytes_by_column"].values())
+    assert 8 * 4096 < rest < 8 * 20_000  # headers and HDF5's own bookkeeping in 8 shards
+
+
+def test_the_text_shows_histograms_also_where_the_terminal_has_no_block_characters(cache):
+    def run(encoding):
+        code = f"from accel_distill.cli import main; raise SystemExit(main(['inspect', {str(cache)!r}]))"
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment).stdout
+
+    text = run("utf-8").decode()
+    assert "█" in text and re.search(r"mass of the head +0\.\d\d  [ ▁▂▃▄▅▆▇█]{12}  0 to 1", text)
+    assert re.search(r"bytes a position: ids \d+\.\d\d, weights \d+\.\d\d, input_ids \d+\.\d\d, all else \d+", text)
+    assert "#" in run("ascii").decode("ascii")

@@ -20,7 +20,7 @@ import pytest
 
 from accel_distill import shard as shard_module
 from accel_distill.errors import DamagedCache
-from accel_distill.shard import CHUNK, HEADER_BYTES, ShardFile, read_header, shard_bytes
+from accel_distill.shard import CHUNK, FORMAT, HEADER_BYTES, ShardFile, read_header, shard_bytes
 
 FIELDS = {
     "cache_id": "c" * 64,
@@ -60,7 +60,7 @@ def large_columns() -> dict[str, np.ndarray]:
 def forge(path: Path, image: bytes, **changes: Any) -> Path:
     """Write a shard file around any HDF5 image, with a header whose hashes are right."""
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
-    header = json.dumps({"format": 1, **FIELDS, **payload, **changes}).encode()
+    header = json.dumps({"format": FORMAT, **FIELDS, **payload, **changes}).encode()
     path.write_bytes(framed(header) + image)
     return path
 
@@ -123,7 +123,7 @@ def test_any_range_of_a_column_is_that_range(tmp_path: Path) -> None:
             start, stop = min(start, len(column)), min(stop, len(column))
             np.testing.assert_array_equal(shard.read(name, start, stop), column[start:stop])
     for start, stop in [(-1, 3), (0, CHUNK), (5, 4), (CHUNK, CHUNK + 1)]:
-        with pytest.raises(DamagedCache, match="column below has 4095 elements"):
+        with pytest.raises(DamagedCache, match=f"column below has {CHUNK - 1} elements"):
             shard.read("below", start, stop)
     shard.close()
 
@@ -132,7 +132,7 @@ def test_the_header_comes_back_and_says_what_the_image_is(good: Path) -> None:
     header = asdict(read_header(good))
     image = good.read_bytes()[HEADER_BYTES:]
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
-    assert header == {"format": 1, **FIELDS, **payload}
+    assert header == {"format": FORMAT, **FIELDS, **payload}
 
 
 def test_the_same_columns_give_the_same_bytes() -> None:
@@ -243,7 +243,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(good: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "its format is 2, this version reads 1"),
+        ({"format": 1}, "its format is 1, this version reads 2"),
         ({"format": True}, "its format is True|format = True"),
         ({"samples": "4"}, "samples = '4'"),
         ({"samples": -1}, "samples = -1"),
@@ -270,7 +270,7 @@ def test_a_header_with_a_right_hash_and_wrong_content_is_refused(
         framed(b"{}"),
         framed(b"\xff\xfe"),
         framed(b"{", length=2**32 - 1),
-        framed(b'{"format": 1}', length=3),
+        framed(b'{"format": 2}', length=3),
         framed(b"[" * 4000),
     ],
 )
@@ -319,7 +319,7 @@ def two_dimensions(file: h5py.File) -> None:
     file.create_dataset("x", data=np.zeros((3, 2), "<u2"), **whole)
 
 
-NOT_PLAIN, NOT_CHUNKED = "column x is not there as a plain dataset", "column x is not stored in chunks of at most 4096"
+NOT_PLAIN, NOT_CHUNKED = "column x is not there as a plain dataset", "column x is not stored in chunks of at most 16384"
 HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "an external link": (lambda file: file.__setitem__("x", h5py.ExternalLink("/etc/passwd", "/x")), NOT_PLAIN),
     "a soft link": (soft_link, NOT_PLAIN),

@@ -166,22 +166,18 @@ def test_the_head_is_every_id_at_or_above_the_threshold_in_descending_probabilit
     u = torch.full((1,), 0.5, dtype=torch.float64)
     chunk = read_logits(p.log(), next_ids=torch.zeros(1, dtype=torch.long))
     targets = threshold_targets(chunk, threshold=0.2, tail=u, rounding=u)
-    assert total_weight(0.2) == 128
+    assert total_weight(0.2) == 8
     assert targets.head_ids.tolist() == [1, 2, 4]
-    assert targets.head_values.tolist() == [
-        51,
-        39,
-        25,
-    ]  # floor(51.2 + .5), floor(89.6 + .5) - 51, floor(115.2 + .5) - 90
+    assert targets.head_values.tolist() == [3, 3, 1]  # floor(3.2 + .5), floor(5.6 + .5) - 3, floor(7.2 + .5) - 6
     assert targets.tail_count.tolist() == [1] and targets.tail_ids.tolist() == [3]  # the middle of ids 0 and 3
 
 
 def test_the_tail_count_table_says_what_its_formula_says():
     table = tail_counts(0.06)
-    assert total_weight(0.06) == 256 and len(table) == 257
+    assert total_weight(0.06) == 32 and len(table) == 33
     assert table[:3].tolist() == [0, 1, 1]
-    assert table[256] == int((256 - 1) / (256 * 0.06))
-    assert table[32] == 2 and table[31] == 1  # (32 - 1) / 15.36 = 2.02
+    assert table[32] == int((32 - 1) / (32 * 0.06))
+    assert table[5] == 2 and table[4] == 1  # (5 - 1) / 1.92 = 2.08
 
 
 @pytest.mark.parametrize("vocab", [2, 300, 40_000])

@@ -1,0 +1,140 @@
+"""Measure how fast a shuffled cache is read: decoded samples, and batches as training takes them.
+
+The one decision: the samples come in the order of training, from a cache of 200 shards that is made here of the targets
+of a file (see proxy.py), so that the figures are those of a large vocabulary. The files are warm in the page cache.
+
+    python bench/loader.py --proxy FILE.npz [--shards 200] [--repeat 2] [--json FILE]
+"""
+
+import argparse
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from accel_distill.cache import TeacherCache
+from accel_distill.codec import invert, rank_tokens
+from accel_distill.collator import CachedLogitCollator
+from accel_distill.manifest import Record, create, make_directories, write_manifest, write_plan
+from accel_distill.rows import Rows, encode_rows
+from accel_distill.shard import shard_bytes
+from accel_distill.shuffle import window_sampler
+from bench.proxy import Proxy, read_proxy
+
+BATCH = 8  # samples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description="Measure how fast a shuffled cache is read.")
+    parser.add_argument("--proxy", type=Path, required=True, help="the file of targets")
+    parser.add_argument("--shards", type=int, default=200)
+    parser.add_argument("--repeat", type=int, default=2, help="how many times a shard holds the file's positions")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "cache"
+        make_cache(path, read_proxy(arguments.proxy), shards=arguments.shards, repeat=arguments.repeat)
+        results = measure(path)
+    print(f"{arguments.shards} shards, {results[0]['positions']:,} positions, one thread a process")
+    for result in results:
+        print(f"{result['case']:34}{result['positions_per_s']:14,.0f} positions/s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def measure(path: Path) -> list[dict[str, Any]]:
+    """Return positions a second of each way to read the cache at `path` once."""
+    results = []
+    positions = int(TeacherCache(path).shard_positions.sum())
+
+    def timed(case: str, read: Iterable[Any]) -> None:
+        begun = time.perf_counter()
+        for _ in read:
+            pass
+        seconds = time.perf_counter() - begun
+        results.append({"case": case, "positions": positions, "positions_per_s": positions / seconds})
+
+    cache = TeacherCache(path)
+    timed("samples in file order, hashed", (cache[item] for item in np.argsort(cache.shard_of_item, kind="stable")))
+    cache = TeacherCache(path)
+    sampler = window_sampler(cache, seed=0, epoch=lambda: 0)
+    assert sampler is not None
+    timed("samples in training's order", (cache[item] for item in sampler))
+    dataset: Any = TeacherCache(path)
+    for workers in (0, 1, 2):
+        timed(
+            f"batches of {BATCH}, {workers} workers",
+            DataLoader(
+                dataset,
+                batch_size=BATCH,
+                sampler=sampler,
+                num_workers=workers,
+                collate_fn=CachedLogitCollator(pad_token_id=0),
+            ),
+        )
+    return results
+
+
+def make_cache(path: Path, proxy: Proxy, *, shards: int, repeat: int) -> None:
+    """Make a cache of `shards` shards, each with the positions of the file `repeat` times."""
+    rows = repeated(proxy.rows, repeat)
+    count = len(rows.sample_index)
+    ids_by_rank = rank_tokens(proxy.unigram_counts)
+    ranks_sha256 = hashlib.sha256(ids_by_rank.tobytes()).hexdigest()
+    identity = {
+        "teacher": {"vocab_size": len(ids_by_rank)},
+        "tokenizer": {"size": len(ids_by_rank)},
+        "sequence": {"max_length": 2048},
+        "targets": {"method": "threshold", "parameter": proxy.threshold, "temperature": 1.0},
+        "layout": {"lanes": 1, "samples_per_shard": count, "ranks_sha256": ranks_sha256},
+    }
+    make_directories(path)
+    record = create(Record(path, identity, {}, {}, ids_by_rank))
+    write_plan(path, max_samples=None)
+    columns = encode_rows(rows, method="threshold", parameter=proxy.threshold, ranks=invert(ids_by_rank))
+    for group in range(shards):
+        first = group * count
+        columns["sample_index"] = first + np.arange(count)
+        record.shard_path(group, 0, count).write_bytes(shard_bytes(_header(record, rows, group, first), columns))
+    write_manifest(record, total=shards * count, stream_end="cap")
+
+
+def repeated(rows: Rows, times: int) -> Rows:
+    """Return the rows `times` times."""
+    joined = {name: np.tile(getattr(rows, name), times) for name in ("input_ids", "target_mask", "entropy", "logprob")}
+    starts = {
+        name: np.concatenate([[0], np.cumsum(np.tile(np.diff(getattr(rows, name)), times))])
+        for name in ("tokens", "positions")
+    }
+    targets = {name: np.tile(values, times) for name, values in rows.targets.items()}
+    return Rows(sample_index=np.arange(times * len(rows.sample_index)), targets=targets, **starts, **joined)
+
+
+def _header(record: Record, rows: Rows, group: int, first: int) -> dict[str, Any]:
+    counts = dict.fromkeys(("empty", "truncated", "untargeted", "nonfinite"), 0)
+    return {
+        "cache_id": record.cache_id,
+        "group": group,
+        "lane": 0,
+        "first_sample": first,
+        "samples": len(rows.sample_index),
+        "sequences": len(rows.sample_index),
+        "tokens": int(rows.tokens[-1]),
+        "positions": int(rows.positions[-1]),
+        "texts_sha256": "0" * 64,
+        **counts,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
