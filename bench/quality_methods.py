@@ -116,8 +116,8 @@ def sample_blocks(arm: Arm, text: TaughtText, rows: Tensor, *, seed: int) -> Spa
 def weigh(arm: Arm, text: TaughtText, *, at_once: int) -> dict[str, float | None]:
     """Return ids and bytes per position of a method's targets as one shard of a cache; None where it stores nothing.
 
-    The bytes are those of a whole file with the targets alone, header and HDF5's own included; `input_ids` are what
-    the file grows by with them. Ranks are counted over the whole text.
+    The bytes are those of a whole file, its header and HDF5's own included, without the columns of `input_ids`. Ranks
+    are counted over the whole text.
     """
     if arm.method is None:
         return {"ids_per_position": None, "bytes_per_position": None, "input_ids_bytes_per_position": None}

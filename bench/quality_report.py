@@ -48,20 +48,26 @@ def verdict(runs: Sequence[Run]) -> str:
     if not {RANDOM.name, DENSE.name} <= set(means):
         return "No verdict: it needs finished runs of random N=50 and of dense KD."
     ids = means[RANDOM.name]["ids_per_position"]
-    lines = [f"Threshold settings with no more ids than {RANDOM.name} ({ids:.1f} a position), over the same seeds:"]
-    nearer = []
+    lines = [
+        f"How far from dense KD, seed by seed? {RANDOM.name} has {ids:.1f} ids a position; with no more than that:"
+    ]
+    nearer: dict[str, list[str]] = {"kl": [], "ce": []}
     for arm in THRESHOLDS:
-        distances = distances_to_dense(runs, arm.name, RANDOM.name)
-        if arm.name in means and means[arm.name]["ids_per_position"] <= ids and distances:
-            own, other = (fmean(pair[at] for pair in distances) for at in (0, 1))
-            wins = sum(a < b for a, b in distances)
-            lines.append(
-                f"  {arm.name} ({means[arm.name]['ids_per_position']:.1f} ids): KL above dense KD's by {own:.4f}, "
-                f"random's by {other:.4f}; nearer in {wins} of {len(distances)} seeds"
-            )
-            nearer += [arm.name] if own < other else []
-    said = f"YES, on the mean over seeds: {', '.join(nearer)}" if nearer else "NO, none of them on the mean over seeds"
-    return "\n".join([*lines, f"Is one of them nearer to dense KD than {RANDOM.name}? {said}."])
+        if arm.name not in means or means[arm.name]["ids_per_position"] > ids:
+            continue
+        for key, of_key in nearer.items():
+            if distances := distances_to_dense(runs, arm.name, RANDOM.name, key=key):
+                own, other = (fmean(pair[at] for pair in distances) for at in (0, 1))
+                wins = sum(a < b for a, b in distances)
+                lines.append(
+                    f"  {arm.name} ({means[arm.name]['ids_per_position']:.1f} ids), {key.upper()}: "
+                    f"{own:.4f} away, random {other:.4f}; nearer in {wins} of {len(distances)} seeds"
+                )
+                of_key += [arm.name] if own < other else []
+    for key, names in nearer.items():
+        said = f"YES: {', '.join(names)}" if names else "NO, none of them"
+        lines.append(f"Is one of them nearer to dense KD than {RANDOM.name} in {key.upper()}, on the mean? {said}.")
+    return "\n".join(lines)
 
 
 def by_method(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
@@ -78,11 +84,11 @@ def paired(runs: Sequence[Run], name: str, other: str) -> list[tuple[Run, Run]]:
     return [(run, others[run["seed"]]) for run in of.get(name, []) if run["seed"] in others]
 
 
-def distances_to_dense(runs: Sequence[Run], name: str, other: str) -> list[tuple[float, float]]:
-    """Return, for each seed that has all three, how far the KLs of two methods lie from that of dense KD."""
-    dense = {run["seed"]: run["kl"] for run in runs if run["method"] == DENSE.name}
+def distances_to_dense(runs: Sequence[Run], name: str, other: str, *, key: str) -> list[tuple[float, float]]:
+    """Return, for each seed that has all three, how far `key` of two methods lies from that of dense KD."""
+    dense = {run["seed"]: run[key] for run in runs if run["method"] == DENSE.name}
     pairs = paired(runs, name, other)
-    return [(abs(a["kl"] - dense[a["seed"]]), abs(b["kl"] - dense[b["seed"]])) for a, b in pairs if a["seed"] in dense]
+    return [(abs(a[key] - dense[a["seed"]]), abs(b[key] - dense[b["seed"]])) for a, b in pairs if a["seed"] in dense]
 
 
 def summary(of_method: Sequence[Run]) -> dict[str, Any]:
