@@ -101,38 +101,53 @@ def summary(of_method: Sequence[Run]) -> dict[str, Any]:
 
 
 def plot(runs: Sequence[Run], path: Path, *, title: str) -> None:
-    """Draw KL to the teacher and held-out CE against bytes per position, means with the range over seeds."""
+    """Draw against bytes per position: KL to the teacher of all methods, then differences to dense KD of the unbiased.
+
+    Points are means, bars go from the smallest to the largest over seeds.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
+    whole, *close = figure.subplots(1, 3)
     of = dict(by_method(runs))
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("kl", "ce"), ("held-out KL to the teacher, nats", "held-out CE, nats"), strict=True
-    ):
-        for arm, style in ((CE_ONLY, "-."), (DENSE, "--")):
-            if arm.name in of:
-                axes.axhline(fmean(run[key] for run in of[arm.name]), color="0.45", linestyle=style, label=arm.name)
-        for name, of_method in of.items():
-            if name not in (CE_ONLY.name, DENSE.name):
-                _point(axes, of_method, key, name)
-        curve = [summary(of[arm.name]) for arm in THRESHOLDS if arm.name in of]
-        axes.plot([row["bytes_per_position"] for row in curve], [row[key] for row in curve], color="C0", linewidth=1)
-        axes.set(xscale="log", xlabel="bytes per position, without input_ids", ylabel=label)
+    for arm, style in ((CE_ONLY, "-."), (DENSE, "--")):
+        if arm.name in of:
+            whole.axhline(fmean(run["kl"] for run in of[arm.name]), color="0.45", linestyle=style, label=arm.name)
+    for name in of:
+        if name not in (CE_ONLY.name, DENSE.name):
+            _point(whole, of[name], [run["kl"] for run in of[name]], color=_color(name), label=name)
+    whole.set(ylabel="held-out KL to the teacher, nats")
+    whole.legend(fontsize=7)
+    for axes, key in zip(close, ("kl", "ce"), strict=True):
+        axes.axhline(0, color="0.45", linestyle="--")
+        axes.set(ylabel=f"held-out {key.upper()} minus that of dense KD, same seed, nats")
+        for arm in (RANDOM, *THRESHOLDS):
+            if pairs := paired(runs, arm.name, DENSE.name):
+                values = [a[key] - b[key] for a, b in pairs]
+                _point(axes, of[arm.name], values, color=_color(arm.name), label=None)
+                at = of[arm.name][0]["bytes_per_position"], fmean(values)
+                below = arm == RANDOM  # thresholds lie close above it
+                axes.annotate(arm.name, at, xytext=(6, -12 if below else 6), textcoords="offset points", fontsize=8)
+    for axes, ticks in ((whole, [5, 10, 20, 50, 100, 200]), *((axes, [5, 10, 20, 50]) for axes in close)):
+        axes.set(xscale="log", xlabel="bytes per position, without input_ids")
         axes.minorticks_off()
-        axes.set_xticks(ticks := [5, 10, 20, 50, 100, 200], [str(tick) for tick in ticks])
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=95)
 
 
-def _point(axes: Any, of_method: Sequence[Run], key: str, name: str) -> None:
-    values = [run[key] for run in of_method]
-    mean, at = fmean(values), fmean(run["bytes_per_position"] for run in of_method)
+def _point(axes: Any, of_method: Sequence[Run], values: Sequence[float], *, color: str, label: str | None) -> None:
+    mean = fmean(values)
     below_above = [[mean - min(values)], [max(values) - mean]]
-    color = {"threshold": "C0", "random": "C1", "top-12": "C3", "top-64": "C2"}[name.split()[0]]
-    axes.errorbar([at], [mean], yerr=below_above, fmt="o", color=color, capsize=3, markersize=4)
-    axes.annotate(name, (at, mean), xytext=(5, 5), textcoords="offset points", fontsize=7, color=color)
+    size = of_method[0]["bytes_per_position"]
+    axes.errorbar([size], [mean], yerr=below_above, fmt="o", color=color, capsize=3, markersize=4, label=label)
+
+
+def _color(name: str) -> str:
+    """Return one of matplotlib's colours: thresholds in blues, every other method in its own."""
+    blues = dict(zip((arm.name for arm in THRESHOLDS), ("#9ecae1", "#4292c6", "#2171b5", "#08306b"), strict=False))
+    return {**blues, RANDOM.name: "C1"}.get(name) or ("C3" if "renormalised" in name else "C2")
 
 
 def _spread(values: Sequence[float], form: str) -> str:
