@@ -1,9 +1,10 @@
-"""`TeacherCache`: a complete cache as a map-style dataset of samples.
+"""`TeacherCache`: a cache as a map-style dataset of samples.
 
 The one decision: it is a path and a list of shards; files are opened lazily in each process, checked before the first
 byte is used, and a few are kept open. Nothing is opened when it is made, so it pickles to dataloader workers.
 """
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,9 @@ import numpy as np
 
 from accel_distill.codec import Method, offsets
 from accel_distill.errors import CacheMismatch
-from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record
+from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record, settled_shards
 from accel_distill.rows import RowReader, Rows
+from accel_distill.shard_checks import check_dealing, check_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,18 +44,26 @@ class CachedSample:
 class TeacherCache:
     """The samples of a cache in stream order: `len(cache)`, `cache[n]`; a map-style dataset for any DataLoader."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Read what the cache at `path` is; raise ConfigError where there is none, CacheMismatch while incomplete."""
+    def __init__(self, path: str | Path, *, allow_partial: bool = False) -> None:
+        """Read what the cache at `path` is; raise ConfigError where there is none, CacheMismatch while incomplete.
+
+        With `allow_partial` an incomplete cache is pinned to the shards that are there now; a copy of this object, in
+        another process or later, has the same.
+        """
         self._record = read_record(Path(path))
         manifest = read_manifest(self._record)
-        if manifest is None:
+        self.complete: bool = manifest is not None
+        self._shards: list[dict[str, Any]] = manifest["shards"] if manifest else []
+        if manifest is None and allow_partial:
+            self._shards = settled_shards(self._record)
+        if manifest is None and not self._shards:
             raise CacheMismatch(
-                f"cache {path}: it is not complete (no manifest.json); run the same generate command again, "
-                "which makes what is missing"
+                f"cache {path}: it is not complete ({'it has no shard' if allow_partial else 'no manifest.json'}); run "
+                "the same generate command again, which makes what is missing"
+                + ("" if allow_partial else ", or train on what is there with cache.allow_partial=true")
             )
-        self._shards: list[dict[str, Any]] = manifest["shards"]
-        self.samples: int = manifest["samples"]  # of the stream
-        self._length: int = manifest["sums"]["sequences"]
+        self.samples: int = sum(shard["samples"] for shard in self._shards)  # of the stream
+        self._length: int = sum(shard["sequences"] for shard in self._shards)
         self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -82,6 +92,13 @@ class TeacherCache:
     def cache_id(self) -> str:
         """The sha256 of the identity."""
         return self._record.cache_id
+
+    @property
+    def content_sha256(self) -> str:
+        """The sha256 of the names and headers of the shards, each of which holds the hash of its data."""
+        return hashlib.sha256(
+            "".join(f"{shard['name']} {shard['header_sha256']}\n" for shard in self._shards).encode()
+        ).hexdigest()
 
     @property
     def method(self) -> Method:
@@ -193,12 +210,14 @@ class _Shard:
 
     def __init__(self, path: Path, record: Record, *, expected: dict[str, Any]) -> None:
         """Open the shard; `expected` is what the manifest says of it."""
-        self._method, self._parameter = record.method, record.parameter
+        self._record = record
         self._reader = RowReader(path, method=record.method, parameter=record.parameter, ids_by_rank=record.ids_by_rank)
         header = self._reader.header
         if (found := manifest_entry(path.name, header)) != expected:
             key = next(key for key in found if found[key] != expected[key])
             raise self._reader.damaged(f"its {key} is {found[key]!r}, but manifest.json says {expected[key]!r}")
+        with self._reader.damaged_by():
+            check_dealing(record, header, self._reader.sample_index)
         self.sample_indices = self._reader.sample_index
         self.has_target = self._reader.row_positions > 0
         self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens))
@@ -210,7 +229,9 @@ class _Shard:
         if number not in self._blocks:
             first = number * self._block_rows
             rows = self._reader.read(first, min(first + self._block_rows, len(self._reader)))
-            self._blocks[number] = _Block(rows, method=self._method, parameter=self._parameter)
+            with self._reader.damaged_by(f"rows from {first}: "):
+                check_rows(self._record, rows, every_position=not self._reader.header.nonfinite, distinct=False)
+            self._blocks[number] = _Block(rows, method=self._record.method, parameter=self._record.parameter)
         return self._blocks[number].sample(inside)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accel_distill import __version__
-from accel_distill.command_line import OneSentenceParser, parse_arguments
+from accel_distill.command_line import GENERATE_FLAGS, OneSentenceParser, parse_flagged
 from accel_distill.errors import ConfigError, exit_with
 
 TEMPLATE = Path(__file__).with_name("run_file.yaml")
@@ -22,6 +22,8 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
   init                                          print a commented run file to start from
   check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
   inspect CACHE [--json]                        say what is in a cache
+  verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
+  audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
   demo                                          the whole way on a small example, in minutes on a CPU
   --version, --help
 
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(argv: list[str]) -> int:
     """Validate a run file and its overrides, and say in one line what it would do."""
-    path, overrides = parse_arguments(argv, prog="accel-distill check")
+    arguments = parse_flagged(argv, prog="accel-distill check", flags=GENERATE_FLAGS)  # the launch scripts pass them on
+    path, overrides = arguments.config, arguments.overrides
     from accel_distill.config import load_config
 
     config = load_config(path, overrides)
@@ -66,6 +69,20 @@ def inspect(argv: list[str]) -> int:
     return inspect_cache.main(argv)
 
 
+def verify(argv: list[str]) -> int:
+    """Check every file of a cache."""
+    from accel_distill import verify as command
+
+    return command.main(argv)
+
+
+def audit(argv: list[str]) -> int:
+    """Compare some samples of a cache with the teacher."""
+    from accel_distill import audit as command
+
+    return command.main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """Run the main job end to end on an example that needs no download."""
     from accel_distill import demo as example
@@ -77,6 +94,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "init": init,
     "check": check,
     "inspect": inspect,
+    "verify": verify,
+    "audit": audit,
     "demo": demo,
 }
 

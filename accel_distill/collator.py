@@ -27,8 +27,8 @@ class CachedLogitCollator:
 
         `input_ids`, `attention_mask`, `labels` (B, T); `target_positions` (P,) ascending, the target there is
         for the next token; `target_offsets` (P + 1,), `target_ids` (E,), `target_weights` (E,);
-        `teacher_entropy`, `teacher_logprob` (B,), sums over a sample's targets in nats. The labels are not
-        shifted, as transformers wants them: there are exactly P, at the places `target_positions + 1`.
+        `teacher_entropy`, `teacher_logprob` (B,), sums over a sample's targets in nats; `sample_index` (B,). The
+        labels are not shifted, as transformers wants them: there are exactly P, at the places `target_positions + 1`.
         """
         rows, width = len(samples), max(1, *(len(sample.input_ids) for sample in samples))
         input_ids = torch.full((rows, width), self.pad_token_id)
@@ -52,4 +52,5 @@ class CachedLogitCollator:
             "target_weights": weights,
             "teacher_entropy": torch.tensor([sample.teacher_entropy for sample in samples]),
             "teacher_logprob": torch.tensor([sample.teacher_logprob for sample in samples]),
+            "sample_index": torch.tensor([sample.sample_index for sample in samples]),
         }

@@ -5,11 +5,16 @@ every other mistake in a configuration; argparse's own two-line usage message is
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from accel_distill.errors import ConfigError
+
+GENERATE_FLAGS = {
+    "--allow-numerics-drift": "go on with a cache on another device, or with other batch sizes or attention: the new "
+    "shards then differ in rounding from the others, and each of them says so"
+}
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -25,8 +30,16 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> tuple[Path, list[s
 
     Raises `ConfigError`; `--help` prints and exits with status 0.
     """
+    arguments = parse_flagged(argv, prog, flags={})
+    return arguments.config, arguments.overrides
+
+
+def parse_flagged(argv: Sequence[str] | None, prog: str, *, flags: Mapping[str, str]) -> argparse.Namespace:
+    """Return the run file as `config`, the `overrides`, and each of `flags` (name to help) as true or false."""
     parser = OneSentenceParser(prog=prog, allow_abbrev=False, description=f"{prog}: reads one run file.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the run file (YAML)")
+    for flag, meaning in flags.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -36,4 +49,4 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> tuple[Path, list[s
     arguments = parser.parse_intermixed_args(argv)
     if arguments.config is None:  # not `required=True`: that would hide a misspelt flag behind this message
         parser.error("--config FILE is missing")
-    return arguments.config, arguments.overrides
+    return arguments

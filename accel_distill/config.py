@@ -21,8 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from accel_distill.disk_space import parse_share, parse_size
+from accel_distill.divergences import Divergence, TopKTail, refused_divergence, refused_tail
 from accel_distill.errors import ConfigError
-from accel_distill.explain import WrongValue, first_mistake
+from accel_distill.explain import WrongValue, first_mistake, mismatch
 from accel_distill.run_file import apply_overrides, parse_override, read_run_file, to_yaml
 from accel_distill.training_arguments import check_training
 
@@ -48,6 +50,18 @@ def _to_path(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
+def _checked_size(value: Any) -> Any:
+    if not parse_size(value):
+        raise WrongValue("", mismatch(value, "bytes above 0, such as 500GB"))
+    return value
+
+
+def _checked_reserve(value: Any) -> Any:
+    if parse_size(value) is None and parse_share(value) is None:
+        raise WrongValue("", mismatch(value, "bytes, such as 20GB, or a share of the disk, such as 5%"))
+    return value
+
+
 def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
     check_training(values)
     return {name: _expand_user(value) if name == "output_dir" else value for name, value in values.items()}
@@ -58,6 +72,10 @@ Place = Annotated[Text, AfterValidator(_expand_user)]  # a name on the hub, or a
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Power = Annotated[float, Field(gt=0, le=10)]
+Size = Annotated[int | str, BeforeValidator(_checked_size)]
+Reserve = Annotated[int | str, BeforeValidator(_checked_reserve)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -78,6 +96,7 @@ class TeacherConfig(Section):
     tokens_per_batch: Count = 16_384  # padded tokens; a longer sample is a batch of its own
     head_chunk: Count = 256  # positions whose logits exist at once
     quantization: dict[str, Any] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # where a logit is NaN or infinite
 
 
 class DatasetConfig(Section):
@@ -134,6 +153,9 @@ class CacheConfig(Section):
     path: Annotated[Path, BeforeValidator(_to_path)]
     samples_per_shard: Annotated[int, Field(ge=1, le=10**6)] = 1024
     lanes: Annotated[int, Field(ge=1, le=1000)] | None = None  # three digits in a shard's name
+    min_free_disk: Reserve | None = None  # bytes or a share; unset, 5 % of the disk but at most 20 GB
+    max_bytes: Size | None = None  # of all files of the cache
+    allow_partial: bool = False  # train on what is there of a cache that is not complete
 
 
 class StudentConfig(Section):
@@ -161,9 +183,14 @@ class StudentConfig(Section):
 class LossConfig(Section):
     """kd_weight * divergence(teacher, student) + ce_weight * cross-entropy of the true next token."""
 
-    divergence: Literal["forward_kl"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     kd_weight: Weight = 1.0
     ce_weight: Weight = 0.0
+    top_k_tail: TopKTail = "bucket"
+    jsd_beta: Share = 0.5
+    skew: Share = 0.1
+    alpha: Power = 0.2
+    beta: Power = 0.7
 
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":
@@ -182,6 +209,15 @@ class RunConfig(Section):
     student: StudentConfig | None = None
     loss: LossConfig = LossConfig()
     training: Annotated[dict[str, Any], AfterValidator(_checked_training)] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        method, loss = self.targets.method, self.loss
+        if problem := refused_divergence(method, loss.divergence):
+            raise WrongValue("loss.divergence", problem)
+        if problem := refused_tail(method, loss.top_k_tail):
+            raise WrongValue("loss.top_k_tail", problem)
+        return self
 
 
 SECTIONS: dict[str, type[Section] | None] = {

@@ -5,8 +5,9 @@ group g of a lane holds its samples number g*S to (g+1)*S - 1. World size, crash
 shard: the j-th shard that is not yet committed, in the order (group, lane), belongs to rank j mod W.
 """
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SHARD_NAME = re.compile(r"shard-(\d{6,})-(\d{3,})-(\d+)\.h5")
@@ -39,6 +40,13 @@ class Layout:
             for lane in range(self.lanes):
                 if samples := self.samples_in(group, lane, total):
                     yield group, lane, samples
+
+    def first_open_group(self, committed: Mapping[tuple[int, int], int]) -> int:
+        """Return the first group of which not every shard is committed with all of its samples."""
+        for group in itertools.count():
+            if any(committed.get((group, lane)) != self.samples_per_shard for lane in range(self.lanes)):
+                return group
+        raise AssertionError("a cache has an end")
 
     def place(self, sample_index: int) -> tuple[int, int, int]:
         """Return (group, lane, number in the shard) of a sample."""

@@ -31,7 +31,7 @@ BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "
 
 
 class WrongValue(ValueError):
-    """A value that its type alone cannot judge; raised inside a validator, with the dotted key below it."""
+    """A value that its type alone cannot judge; raised inside a validator with the dotted key below it, "" for none."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}")
@@ -77,7 +77,7 @@ def mismatch(value: Any, expected: str) -> str:
 
 def _key(mistake: ErrorDetails) -> tuple[str, ...]:
     below = _cause(mistake)
-    return (*map(str, mistake["loc"]), *(below.key.split(".") if below else ()))
+    return (*map(str, mistake["loc"]), *(below.key.split(".") if below and below.key else ()))
 
 
 def _cause(mistake: ErrorDetails) -> WrongValue | None:

@@ -2,26 +2,27 @@
 
 The one decision: ranks share nothing but the file system once the cache is opened. Each walks the stream, makes the
 shards that are dealt to it, and looks at the end whether all are there; so uneven ends cannot hang, and a run that
-died goes on with the same command on any number of ranks.
+died goes on with the same command on any number of ranks. A thread of each looks whether the others are alive.
 """
 
-import json
+import functools
 import logging
 import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accel_distill.command_line import parse_arguments
+from accel_distill.alive import Ranks, make_files
+from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
-from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
+from accel_distill.disk_space import DiskSpace
+from accel_distill.errors import ConfigError, RunError, exit_with
+from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
+from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
     Record,
     committed_shards,
@@ -32,12 +33,15 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_manifest,
 )
-from accel_distill.pipeline import ShardContent, ShardMaker
+from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
-from accel_distill.publish import publish, replace
+from accel_distill.publish import replace, sync_directory, temporary_name
+from accel_distill.reading import Reading
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
-from accel_distill.stream import TextStream, Walk
+from accel_distill.shard_writer import shard_writer
+from accel_distill.stopping import Stop, stop_on_signals
+from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
 from accel_distill.tokens import SequenceRule, load_tokenizer
 
@@ -47,41 +51,43 @@ LOOK_EVERY = 5.0  # seconds between two looks at what the other ranks have publi
 # Seconds without a new shard while waiting for the other ranks; a CPU may take an hour for one of 2 M tokens.
 STALLED_AFTER = 4 * 3600.0
 
+Place = tuple[int, int]  # group, lane
+Committed = tuple[int, str]  # how many samples a shard has, the hash of their texts
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
 
     def run() -> int:
-        path, overrides = parse_arguments(argv, "accel_distill.generate")
-        try:
-            generate(load_config(path, overrides))
-        finally:
-            leave_processes()
+        arguments = parse_flagged(argv, "accel_distill.generate", flags=GENERATE_FLAGS)
+        config = load_config(arguments.config, arguments.overrides)
+        with stop_on_signals() as stop:
+            try:
+                generate(config, allow_numerics_drift=arguments.allow_numerics_drift, stop=stop)
+            finally:
+                leave_processes()
         return 0
 
     return exit_with(run)
 
 
-def generate(config: RunConfig) -> dict[str, Any]:
+def generate(config: RunConfig, *, allow_numerics_drift: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Make, or finish, the cache that `config` describes; return its manifest.
 
+    With `allow_numerics_drift` a cache is gone on with that was begun on another device, or with other batch sizes or
+    attention. `stop` lets what is seen beside the work (a rank that died, a disk that fills up) end the work at once.
     Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
     refuse_sharding(os.environ)
     world = start_processes()
     world.set_up_logging()
-    record, committed = world.from_main(lambda: _open(config, world))
+    record, committed, run = world.from_main(lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift))
     config = _pinned(config, record)
-    manifest = read_manifest(record)
-    if manifest is None:
-        stream = TextStream(config.dataset)
-        total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
-        done = sum(samples for samples, _ in committed.values())
-        with Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress:
-            watch = _Watch(record, progress)
-            walk = _make_shards(config, record, world, texts=iter(stream), committed=committed, watch=watch)
-            manifest = _finish(record, walk, watch)
+    ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
+    space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
+    with Lookout(ranks, space, rank=world.rank, stop=stop) as lookout:
+        manifest = read_manifest(record) or _make(config, record, world, committed=committed, lookout=lookout)
     if world.is_main:
         if stale := remove_superseded(record, manifest["samples"]):
             log.info("removed %s that longer ones replace", _count(len(stale), "short shard"))
@@ -92,10 +98,44 @@ def generate(config: RunConfig) -> dict[str, Any]:
     return manifest
 
 
-def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int], tuple[int, str]]]:
-    """Open the cache on rank 0, and list what is committed: the only look that decides who makes what."""
+def _make(
+    config: RunConfig,
+    record: Record,
+    world: World,
+    *,
+    committed: Mapping[Place, Committed],
+    lookout: Lookout,
+) -> dict[str, Any]:
+    """Make what is missing of the cache; return its manifest."""
+    stream = TextStream(config.dataset)
+    total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
+    done = sum(samples for samples, _ in committed.values())
+    with Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress:
+        watch = _Watch(record, progress)
+        reading = _read(stream, record, committed, progress=progress)
+        walk = _make_shards(config, record, world, reading, committed=committed, watch=watch, lookout=lookout)
+        return _finish(record, walk, watch=watch, lookout=lookout)
+
+
+def _read(stream: TextStream, record: Record, committed: Mapping[Place, Committed], *, progress: Progress) -> Reading:
+    """Open the stream, after the groups that are whole where that may be and a hint says how."""
+
+    def tell(sentence: str) -> None:
+        log.warning("%s", sentence)
+        progress.retried()
+
+    read = functools.partial(stream.read, tell=tell)
+    if not is_pinned(record.identity["dataset"]["source"]):
+        return read()  # only the texts themselves tell whether they are those of before
+    return start_late(record.path, committed, layout=record.layout, read=read)
+
+
+def _open(config: RunConfig, world: World, *, allow_numerics_drift: bool) -> tuple[Record, dict[Place, Committed], str]:
+    """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
-    opening: Opening = open_for_generation(config, world_size=world.world_size, device=world.device)
+    opening: Opening = open_for_generation(
+        config, world_size=world.world_size, device=world.device, allow_numerics_drift=allow_numerics_drift
+    )
     record = opening.record
     for note in opening.notes:
         log.warning("%s", note)
@@ -103,9 +143,12 @@ def _open(config: RunConfig, world: World) -> tuple[Record, dict[tuple[int, int]
     replace(resolved_yaml(config).encode(), record.path / "run.yaml", scratch=scratch(record.path))
     headers = committed_shards(record)
     if headers:
+        sync_directory(record.path / "shards")  # who published may have died before that
         samples = sum(header.samples for header in headers.values())
         log.info("already there: %s with %s samples", _count(len(headers), "shard"), f"{samples:,}")
-    return record, {place: (header.samples, header.texts_sha256) for place, header in headers.items()}
+    run = temporary_name(uuid.uuid4().hex)
+    make_files(scratch(record.path), run, world_size=world.world_size)
+    return record, {place: (header.samples, header.texts_sha256) for place, header in headers.items()}, run
 
 
 def _pinned(config: RunConfig, record: Record) -> RunConfig:
@@ -131,28 +174,35 @@ def _make_shards(
     config: RunConfig,
     record: Record,
     world: World,
+    reading: Reading,
     *,
-    texts: Iterator[str | None],
-    committed: dict[tuple[int, int], tuple[int, str]],
+    committed: Mapping[Place, Committed],
     watch: "_Watch",
+    lookout: Lookout,
 ) -> Walk:
     """Walk the stream to its end and publish this rank's shards; return the walk."""
+    group_samples = record.layout.group_samples
+    texts = HintWriter(reading, record.path, group_samples=group_samples) if world.is_main else reading
     walk = Walk(
-        texts,
+        iter(texts),
         layout=record.layout,
         max_samples=config.dataset.max_samples,
         committed=committed,
         rank=world.rank,
         world_size=world.world_size,
+        first_group=reading.index // group_samples,
     )
     maker: ShardMaker | None = None
-    with _writer(record, watch) as write:
+    with shard_writer(record, lookout.space, published=lambda positions: watch.positions(-positions)) as write:
 
         def report(positions: int) -> None:
+            lookout.check()
             write(None)
             watch.positions(positions)
 
         for shard in walk:
+            lookout.check()
+            lookout.space.check()
             maker = maker or _load_maker(config, record, world)
             content = maker.compute(shard, report=report)
             write(lambda content=content, encode=maker.encode: (content, encode(content)))  # type: ignore[misc]
@@ -177,51 +227,8 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
         rule=SequenceRule.of(dataset),
         sampling=Sampling(targets.method, float(targets.parameter), targets.temperature, targets.seed),
         tokens_per_batch=teacher.tokens_per_batch,
+        on_nonfinite=teacher.on_nonfinite,
     )
-
-
-@contextmanager
-def _writer(
-    record: Record, watch: "_Watch"
-) -> Iterator[Callable[[Callable[[], tuple[ShardContent, bytes]] | None], None]]:
-    """Give a function that encodes and publishes a shard in the background, one at a time behind the one in hand.
-
-    Called with None it only looks; either way it raises what went wrong in the background.
-    """
-    pending: list[Future[int]] = []
-
-    def write(make: Callable[[], tuple[ShardContent, bytes]] | None) -> None:
-        if pending and (make is not None or pending[0].done()):
-            watch.positions(-pending.pop().result())
-        if make is not None:
-            pending.append(pool.submit(lambda: _publish(record, *make())))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as pool:
-        yield write
-        if pending:
-            watch.positions(-pending.pop().result())
-
-
-def _publish(record: Record, content: ShardContent, data: bytes) -> int:
-    """Publish a shard, or see that it is there already; return its positions."""
-    shard = content.shard
-    path = record.shard_path(shard.group, shard.lane, len(shard.texts))
-    if not publish(data, path, scratch=scratch(record.path)):
-        with open(path, "rb") as file:
-            if file.read(HEADER_BYTES) != data[:HEADER_BYTES]:
-                raise CacheMismatch(
-                    f"shard {path}: another run published it with other content; are two runs with different settings "
-                    "or hardware writing to this cache?"
-                )
-    _log_shard(record.path, path.name, positions=content.positions, size=len(data))
-    return content.positions
-
-
-def _log_shard(path: Path, name: str, *, positions: int, size: int) -> None:
-    """Append a line for people; no code reads it, so a disk that is full now is left to the next shard to tell."""
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "shard": name, "positions": positions, "bytes": size}
-    with suppress(OSError), open(path / "logs" / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 class _Watch:
@@ -254,7 +261,7 @@ class _Watch:
         self._looked = time.monotonic()
 
 
-def _finish(record: Record, walk: Walk, watch: _Watch) -> dict[str, Any]:
+def _finish(record: Record, walk: Walk, *, watch: _Watch, lookout: Lookout) -> dict[str, Any]:
     """Wait until every shard is there, by whichever rank; write the manifest and return it."""
     wanted, last_new = set(record.layout.shards(walk.total)), time.monotonic()
     missing = wanted - listed_shards(record.path)
@@ -269,7 +276,10 @@ def _finish(record: Record, walk: Walk, watch: _Watch) -> dict[str, Any]:
         watch.look(every=LOOK_EVERY)
         if (still := wanted - listed_shards(record.path)) != missing:
             missing, last_new = still, time.monotonic()
+        if missing:
+            lookout.check()
     watch.look(every=0.0)
+    sync_directory(record.path / "shards")  # the manifest must not be there before what it names
     write_manifest(record, total=walk.total, stream_end=walk.stream_end or "")
     manifest = read_manifest(record)
     assert manifest is not None
@@ -281,10 +291,11 @@ def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str
     per_position = sums["bytes"] / sums["positions"] if sums["positions"] else 0.0
     end = "the end of the dataset" if manifest["stream_end"] == "exhausted" else "the sample cap"
     cut = f"{sums['empty']:,} empty, {sums['truncated']:,} cut at max_length"
+    left_out = f", {sums['nonfinite']:,} left out for a logit that was not finite" if sums["nonfinite"] else ""
     return (
         f"complete: {record.path}\n"
         f"  {manifest['samples']:,} samples (to {end}): {cut}\n"
-        f"  {sums['tokens']:,} tokens, {sums['positions']:,} positions with a target\n"
+        f"  {sums['tokens']:,} tokens, {sums['positions']:,} positions with a target{left_out}\n"
         f"  {_count(len(manifest['shards']), 'shard')}, {sums['bytes']:,} bytes ({per_position:.2f} a position), "
         f"{seconds:.0f} s"
     )

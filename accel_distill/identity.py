@@ -8,8 +8,10 @@ sample cap and all of training are in none of them.
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import tempfile
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 
 from accel_distill import __version__
 from accel_distill.codec import Method, rank_tokens, weight_scale
-from accel_distill.config import RunConfig
+from accel_distill.config import RunConfig, TeacherConfig
 from accel_distill.errors import CacheMismatch, ConfigError
 from accel_distill.manifest import (
     Record,
@@ -33,7 +35,7 @@ from accel_distill.manifest import (
     withdraw_manifest,
     write_plan,
 )
-from accel_distill.publish import remove_stale, replace
+from accel_distill.publish import remove_stale, replace, told_errors
 from accel_distill.shard import CHUNK, FORMAT, GZIP_LEVEL
 from accel_distill.stream import TextStream, file_sha256
 from accel_distill.teacher import load_teacher_config
@@ -46,6 +48,21 @@ if TYPE_CHECKING:
 RANKED_TOKENS = 1_000_000  # of the stream, counted for the frequency ranks of the ids
 RANKED_AT_ONCE = 64  # texts
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.py")
+OTHER_VERSION = "this version of accel_distill writes it so: use the version that began the cache"
+# What to do about a difference whose key, as the run file writes it, begins so; anything else can be set back.
+ADVICE = {
+    "teacher.files": "the teacher's files changed: bring those back that the cache was made from",
+    "teacher.commit": "set teacher.revision to the cache's commit",
+    "teacher.name": "set teacher.model back",
+    "teacher.vocab_size": "the teacher's config.json changed: bring it back",
+    "tokenizer.": "the teacher's tokenizer changed: bring back its files, or set teacher.revision",
+    "dataset.data_files": "bring back the files that the cache was made from, in their order",
+    "dataset.source.": "set dataset.revision and dataset.data_files as they were",
+    "layout.": OTHER_VERSION,
+    "format": OTHER_VERSION,
+    "targets.scale": OTHER_VERSION,
+    "targets.uniforms": OTHER_VERSION,
+}
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "h5py", "numpy")
 
 
@@ -57,8 +74,12 @@ class Opening:
     notes: list[str]  # what the user should hear
 
 
-def open_for_generation(config: RunConfig, *, world_size: int, device: torch.device) -> Opening:
+def open_for_generation(
+    config: RunConfig, *, world_size: int, device: torch.device, allow_numerics_drift: bool = False
+) -> Opening:
     """Open the run's cache, or make its directory; for one process, before any other looks.
+
+    With `allow_numerics_drift` other numeric settings than the cache's are no mismatch: the record's `drift` says them.
 
     Raises ConfigError for a dataset, teacher or tokenizer that does not fit, CacheMismatch for a cache of other
     settings.
@@ -80,7 +101,7 @@ def open_for_generation(config: RunConfig, *, world_size: int, device: torch.dev
     make_directories(path)
     if (path / "cache.json").is_file():
         try:
-            record, notes = _reopen(config, identity, numerics)
+            record, notes = _reopen(config, identity, numerics, allow_numerics_drift=allow_numerics_drift)
         except CacheMismatch:
             if listed_shards(path):
                 raise
@@ -101,7 +122,7 @@ def _identity(
     dataset, targets = config.dataset, config.targets
     return {
         "format": FORMAT,
-        "teacher": _teacher_identity(config, model),
+        "teacher": teacher_identity(config.teacher, model),
         "tokenizer": tokenizer_identity(tokenizer),
         "dataset": _dataset_identity(config, stream),
         "sequence": {
@@ -121,21 +142,54 @@ def _identity(
     }
 
 
-def _reopen(config: RunConfig, identity: dict[str, Any], numerics: dict[str, Any]) -> tuple[Record, list[str]]:
+def _reopen(
+    config: RunConfig, identity: dict[str, Any], numerics: dict[str, Any], *, allow_numerics_drift: bool
+) -> tuple[Record, list[str]]:
     """Compare an existing cache with this run; its lanes are the run's, where the run does not say."""
     path = Path(config.cache.path)
     record = read_record(path)
     layout = record.identity["layout"]
     lanes = config.cache.lanes or layout["lanes"]
     identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=layout["ranks_sha256"])
-    found = differences(record.identity, identity) + differences(record.numerics, numerics)
-    found = [_as_written(sentence, method=config.targets.method) for sentence in found]
-    if found:
-        raise CacheMismatch(
-            f"cache {path} was made with other settings: {'; '.join(found)}. Set them back, or name another cache.path"
-        )
-    changed = differences(record.environment, _environment())
-    return record, [f"the cache was begun in another environment: {'; '.join(changed)}"] if changed else []
+    changed = [
+        _as_written(sentence, method=config.targets.method) for sentence in differences(record.identity, identity)
+    ]
+    drifted = [
+        _as_written(sentence, method=config.targets.method) for sentence in differences(record.numerics, numerics)
+    ]
+    if changed or (drifted and not (allow_numerics_drift and listed_shards(path))):
+        raise CacheMismatch(_refusal(path, changed, drifted))
+    notes = []
+    if drifted:
+        record = replace_fields(record, drift=drift(record.numerics, numerics))
+        notes = [f"the shards of this run differ in rounding from the others, and say so: {'; '.join(drifted)}"]
+    if elsewhere := differences(record.environment, _environment()):
+        notes.append(f"the cache was begun in another environment: {'; '.join(elsewhere)}")
+    return record, notes
+
+
+def drift(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the numeric settings that are others now, as the JSON that a shard keeps."""
+    changed = {name: value for name, value in now.items() if before.get(name) != value}
+    return json.dumps(changed, sort_keys=True, separators=(",", ":"))
+
+
+def _refusal(path: Path, changed: list[str], drifted: list[str]) -> str:
+    """Say what differs, and what to do about each of it."""
+    asked = [f"{sentence} ({_advice(sentence)})" for sentence in changed]
+    asked += [f"{sentence} (set it back)" for sentence in drifted]
+    also = ""
+    if drifted and not changed:
+        also = "; or say --allow-numerics-drift: the shards to come then differ in rounding, and each of them says so"
+    return f"cache {path} was made with other settings: {'; '.join(asked)}. Or name another cache.path{also}"
+
+
+def _advice(difference: str) -> str:
+    """Return what to do about one difference of the identity."""
+    for start, advice in ADVICE.items():
+        if difference.startswith(start):
+            return advice
+    return "set it back"
 
 
 def _as_written(difference: str, *, method: Method) -> str:
@@ -143,7 +197,8 @@ def _as_written(difference: str, *, method: Method) -> str:
     parameter = {"threshold": "threshold", "top_k": "top_k", "random": "draws"}[method]
     for ours, written in (
         ("sequence.", "dataset."),
-        ("layout.", "cache."),
+        ("layout.lanes ", "cache.lanes "),
+        ("layout.samples_per_shard ", "cache.samples_per_shard "),
         ("targets.parameter ", f"targets.{parameter} "),
         ("dataset.source.files", "dataset.data_files"),
         ("tokens_per_batch ", "teacher.tokens_per_batch "),
@@ -224,8 +279,9 @@ def _check_length(config: RunConfig, text: "PretrainedConfig") -> None:
         )
 
 
-def _teacher_identity(config: RunConfig, model: "PretrainedConfig") -> dict[str, Any]:
-    teacher, path = config.teacher, Path(config.teacher.model)
+def teacher_identity(teacher: TeacherConfig, model: "PretrainedConfig") -> dict[str, Any]:
+    """Return what identifies a teacher: for local files their hashes, which takes reading them."""
+    path = Path(teacher.model)
     dtype = str(getattr(model, "dtype", None) or "float32") if teacher.dtype == "auto" else teacher.dtype
     described = {
         "dtype": dtype.removeprefix("torch."),
@@ -269,7 +325,8 @@ def _environment() -> dict[str, Any]:
 
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
     """Save the tokenizer beside the shards: training reads it from there."""
-    with tempfile.TemporaryDirectory() as temporary:
+    saving = told_errors(path / "tokenizer", "the tokenizer was to be saved")
+    with saving, tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).rglob("*")):
             target = path / "tokenizer" / file.relative_to(temporary)

@@ -15,7 +15,15 @@ from typing import Any
 from accel_distill.command_line import OneSentenceParser
 from accel_distill.errors import DamagedCache, exit_with
 from accel_distill.histograms import PLAIN_RAMP, RAMP, as_lines, measure_positions
-from accel_distill.manifest import Record, committed_shards, read_manifest, read_plan, read_record
+from accel_distill.manifest import (
+    Record,
+    committed_shards,
+    drift_sentences,
+    drifted,
+    read_manifest,
+    read_plan,
+    read_record,
+)
 from accel_distill.rows import RowReader
 from accel_distill.shard import HEADER_BYTES
 
@@ -80,6 +88,7 @@ def inspect_cache(path: Path) -> dict[str, Any]:
         "cache_id": record.cache_id,
         "identity": record.identity,
         "numerics": record.numerics,
+        "drift": drifted(headers.values()),
         "environment": record.environment,
     }
 
@@ -107,6 +116,7 @@ def as_text(found: dict[str, Any], *, ramp: str = RAMP) -> str:
         "identity": found["cache_id"],
     }
     lines = [f"{name:9}{value}" for name, value in rows.items()]
+    lines += [f"{'drift':9}{sentence}" for sentence in drift_sentences(found["drift"])]
     if found["positions"]:
         lines += ["", _bytes_by_kind(found), *as_lines(found["distributions"], shards=found["shards"], ramp=ramp)]
     return "\n".join(lines)

@@ -21,18 +21,33 @@ TOLERANCE = 1e-4  # of the largest logit, and at least absolute
 class LMHead:
     """The output layer of a model and what its config says is done to the logits behind it."""
 
-    linear: nn.Module
+    linear: nn.Linear
     scale: float = 1.0  # logits are multiplied by it
     softcap: float | None = None  # then logits become softcap * tanh(logits / softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (n, V) of hidden states (n, D)."""
-        logits = self.linear(hidden)
+        return self.transform_(self.linear(hidden))
+
+    def transform_(self, logits: Tensor) -> Tensor:
+        """Do to the linear layer's output (n, V), in place, what the model does to it."""
         if self.scale != 1.0:
-            logits = logits.mul_(self.scale)
+            logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
+
+    def chain_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Turn the gradient of the logits (n, V), in place, into that of the linear layer's output.
+
+        `logits` are those of `transform_`; only a soft cap needs them.
+        """
+        if self.softcap is not None:
+            assert logits is not None
+            gradient.mul_((logits / self.softcap).square_().neg_().add_(1.0))
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+        return gradient
 
 
 @torch.no_grad()
@@ -43,7 +58,7 @@ def separate_head(model: "PreTrainedModel") -> tuple[LMHead | None, str]:
         return None, f"its output layer is {type(linear).__name__}, not a linear layer"
     if model.base_model is model:
         return None, "it has no base model apart from its head"
-    head = _described_head(model, linear)
+    head = described_head(model, linear)
     device = linear.weight.device
     ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) % linear.out_features)[None]
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -56,7 +71,7 @@ def separate_head(model: "PreTrainedModel") -> tuple[LMHead | None, str]:
     return head, ""
 
 
-def _described_head(model: "PreTrainedModel", linear: nn.Module) -> LMHead:
+def described_head(model: "PreTrainedModel", linear: nn.Linear) -> LMHead:
     """Read the settings that models of the transformers library have for their logits."""
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere

@@ -8,11 +8,14 @@
 The one decision: there is no mutable index. What is committed is what `shards/` lists, and each command looks.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,17 @@ import numpy as np
 
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
-from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
+from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DamagedCache, DiskGuard
 from accel_distill.publish import publish, replace, sync_directory
+from accel_distill.record_checks import SUMMED, check_format, check_identity, check_manifest, check_plan, check_ranks
+from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
 from accel_distill.rows import row_columns
 from accel_distill.shard import HEADER_BYTES, ShardHeader, header_sha256, read_header
 
-SUMMED = ("sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite", "bytes")
-MANIFEST_KEYS = {"cache_id", "samples", "stream_end", "shards", "sums"}
-SHARD_KEYS = {"name", "header_sha256", "group", "lane", "samples", *SUMMED}
+# Bytes that the small files may have: cache.json lists the dataset's files, manifest.json takes some 450 a shard.
+LARGEST_RECORD = 16 * MEBIBYTE
+LARGEST_PLAN = 1 << 16
+LARGEST_MANIFEST, A_SHARD_MORE = MEBIBYTE, 1024
 README = """A cache of teacher distributions, made by accel_distill.
 
 cache.json says what it was made from, shards/ holds it (HDF5 behind a 4096-byte header), manifest.json appears when
@@ -46,6 +52,7 @@ class Record:
     numerics: dict[str, Any]
     environment: dict[str, Any]
     ids_by_rank: np.ndarray  # (vocab_size,) uint32
+    drift: str = ""  # JSON of this run's numeric settings that are not `numerics`; its shards keep it in their header
 
     @property
     def cache_id(self) -> str:
@@ -98,12 +105,14 @@ def scratch(path: Path) -> Path:
 
 
 def make_directories(path: Path) -> None:
-    """Make a cache's directories, durably; raise ConfigError where that is not possible."""
+    """Make a cache's directories, durably; raise DiskGuard for a full disk, ConfigError where it is not possible."""
     try:
         for directory in (path, path / "shards", scratch(path), path / "logs"):
             directory.mkdir(parents=True, exist_ok=True)
         sync_directory(path)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskGuard(f"cache.path: {path} cannot be made ({error.strerror}); make room, {TO_GO_ON}") from error
         raise ConfigError(
             f"cache.path: {path} cannot be made ({error.strerror}); name a directory to write to"
         ) from error
@@ -120,31 +129,40 @@ def create(record: Record) -> Record:
     replace(record.ids_by_rank.astype("<u4").tobytes(), path / "ranks.bin", scratch=scratch(path))
     replace(README.format(path=path.name).encode(), path / "README.txt", scratch=scratch(path))
     content = {"identity": record.identity, "numerics": record.numerics, "environment": record.environment}
-    if publish(canonical_json(content), path / "cache.json", scratch=scratch(path)):
+    data = canonical_json(content)
+    if len(data) > LARGEST_RECORD:
+        raise ConfigError(
+            f"dataset: the list of its files takes {len(data):,} bytes, more than the {LARGEST_RECORD:,} of a "
+            "cache.json; name fewer, larger files in dataset.data_files"
+        )
+    if publish(data, path / "cache.json", scratch=scratch(path)):
         return record
     return read_record(path)
 
 
 def read_record(path: Path) -> Record:
     """Read `cache.json` and `ranks.bin`; raise ConfigError where there is no cache, DamagedCache where it is broken."""
-    if not (path / "cache.json").is_file():
+    if not os.path.lexists(path / "cache.json"):
         what = "is not a directory" if not path.is_dir() else "holds no cache.json, so it is not a cache"
         raise ConfigError(f"cache {path}: it {what}; make one with: accelerate launch -m accel_distill.generate")
-    content = _read_json(path / "cache.json")
-    try:
-        identity, numerics, environment = (content[key] for key in ("identity", "numerics", "environment"))
-        expected = identity["layout"]["ranks_sha256"]
-    except (KeyError, TypeError) as error:
-        raise DamagedCache(
-            f"{path / 'cache.json'}: {error} is missing; the cache was not made by this version"
-        ) from error
-    try:
-        raw = (path / "ranks.bin").read_bytes()
-    except FileNotFoundError as error:
-        raise DamagedCache(f"{path / 'ranks.bin'} is missing; without it no id can be read: generate anew") from error
-    if (found := hashlib.sha256(raw).hexdigest()) != expected:
-        raise DamagedCache(f"{path / 'ranks.bin'}: sha256 {found}, cache.json says {expected}; generate anew")
-    return Record(path, identity, numerics, environment, np.frombuffer(raw, "<u4"))
+    with _damage(path / "cache.json", "copy it from where the cache was made, or generate anew under another path"):
+        content = parse_json_object(read_regular(path / "cache.json", limit=LARGEST_RECORD))
+        for key in ("identity", "numerics", "environment"):
+            if not isinstance(content.get(key), dict):
+                raise ValueError(f"its {key!r} is missing or no object; the cache was not made by this version")
+        check_format(content["identity"], of=path)
+        check_identity(content["identity"])
+    identity = content["identity"]
+    vocab_size, expected = identity["teacher"]["vocab_size"], identity["layout"]["ranks_sha256"]
+    with _damage(path / "ranks.bin", "without it no id can be read: copy it from where the cache was made"):
+        raw = read_regular(path / "ranks.bin", limit=4 * vocab_size)
+        if (found := hashlib.sha256(raw).hexdigest()) != expected:
+            raise ValueError(f"sha256 {found}, cache.json says {expected}")
+        if len(raw) != 4 * vocab_size:
+            raise ValueError(f"it has {len(raw):,} bytes, expected 4 for each of {vocab_size:,} ids")
+        ids_by_rank = np.frombuffer(raw, "<u4")
+        check_ranks(ids_by_rank, vocab_size=vocab_size)
+    return Record(path, identity, content["numerics"], content["environment"], ids_by_rank)
 
 
 def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
@@ -153,21 +171,56 @@ def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
     Raises DamagedCache for a broken header, CacheMismatch for a shard of another cache.
     """
     found: dict[tuple[int, int], ShardHeader] = {}
-    for name in sorted(os.listdir(record.path / "shards")):
-        place = parse_shard_name(name)
-        if place is None:
-            continue
-        header = _checked_header(record, record.path / "shards" / name, place)
+    for place in sorted(listed_shards(record.path)):
+        header = checked_header(record, record.shard_path(*place), place)
         best = found.get(place[:2])
         if best is None or best.samples < header.samples:
             found[place[:2]] = header
     return found
 
 
+def settled_shards(record: Record) -> list[dict[str, Any]]:
+    """Return what a manifest would say of the shards of an incomplete cache, but for those that a longer one replaces.
+
+    A short shard is the last of its lane if the plan says so; otherwise a larger plan is being carried out.
+    """
+    cap = (read_plan(record.path) or {}).get("max_samples")
+    entries = []
+    for (group, lane), header in committed_shards(record).items():
+        last = record.layout.samples_in(group, lane, cap) if cap is not None else None
+        if header.samples in (record.layout.samples_per_shard, last):
+            entries.append(manifest_entry(shard_name(group, lane, header.samples), header))
+    return entries
+
+
+def drifted(headers: Iterable[ShardHeader]) -> list[dict[str, Any]]:
+    """Return how many shards were made with which numeric settings that are not the cache's."""
+    counts = Counter(header.numerics for header in headers if header.numerics)
+    return [{"shards": number, "numerics": json.loads(said)} for said, number in sorted(counts.items())]
+
+
+def drift_sentences(drift: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for people for each entry of `drifted`."""
+    return [
+        f"{entry['shards']:,} shards were made with other numeric settings: "
+        + ", ".join(f"{name} {value}" for name, value in sorted(entry["numerics"].items()))
+        for entry in drift
+    ]
+
+
 def listed_shards(path: Path) -> set[tuple[int, int, int]]:
     """Return (group, lane, samples) of every shard's name in a cache, without opening one."""
-    names = (parse_shard_name(name) for name in os.listdir(path / "shards"))
-    return {name for name in names if name is not None}
+    return {place for name in shard_directory(path) if (place := parse_shard_name(name)) is not None}
+
+
+def shard_directory(path: Path) -> list[str]:
+    """Return the names of all that is in a cache's `shards`, sorted; raise DamagedCache where that is no directory."""
+    try:
+        return sorted(os.listdir(path / "shards"))
+    except OSError as error:
+        raise DamagedCache(
+            f"{path / 'shards'}: it cannot be listed ({error.strerror}); bring it back, or make it and generate anew"
+        ) from error
 
 
 def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
@@ -175,7 +228,7 @@ def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
     shards = []
     for group, lane, samples in record.layout.shards(total):
         path = record.shard_path(group, lane, samples)
-        header = _checked_header(record, path, (group, lane, samples))
+        header = checked_header(record, path, (group, lane, samples))
         shards.append(manifest_entry(path.name, header))
     sums = {key: sum(shard[key] for shard in shards) for key in SUMMED}
     content = {"cache_id": record.cache_id, "samples": total, "stream_end": stream_end, "shards": shards, "sums": sums}
@@ -196,23 +249,24 @@ def manifest_entry(name: str, header: ShardHeader) -> dict[str, Any]:
 def read_manifest(record: Record) -> dict[str, Any] | None:
     """Return the manifest, or None while the cache is not complete."""
     path = record.path / "manifest.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    manifest = _read_json(path)
-    if manifest.get("cache_id") != record.cache_id:
-        raise DamagedCache(f"{path}: it belongs to the cache {manifest.get('cache_id')}, not to {record.cache_id}")
-    if set(manifest) != MANIFEST_KEYS or any(set(shard) != SHARD_KEYS for shard in manifest["shards"]):
-        raise DamagedCache(f"{path}: it has not the keys of a manifest; delete it and run generate again")
+    with _damage(path, "delete it and run generate again, which writes it anew"):
+        limit = LARGEST_MANIFEST + A_SHARD_MORE * len(listed_shards(record.path))
+        manifest = parse_json_object(read_regular(path, limit=limit))
+        if (found := manifest.get("cache_id")) != record.cache_id:
+            raise ValueError(f"it belongs to the cache {found!r:.80}, not to {record.cache_id}")
+        check_manifest(manifest, record.layout)
     return manifest
 
 
 def read_plan(path: Path) -> dict[str, Any] | None:
     """Return what `plan.json` says, None before the first run."""
-    if not (path / "plan.json").is_file():
+    if not os.path.lexists(path / "plan.json"):
         return None
-    plan = _read_json(path / "plan.json")
-    if not isinstance(plan.get("max_samples", ""), int | None):
-        raise DamagedCache(f"{path / 'plan.json'}: it does not say max_samples; delete it and run generate again")
+    with _damage(path / "plan.json", "delete it and run generate again, which writes it anew"):
+        plan = parse_json_object(read_regular(path / "plan.json", limit=LARGEST_PLAN))
+        check_plan(plan)
     return plan
 
 
@@ -255,7 +309,8 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: s
     return sentences
 
 
-def _checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> ShardHeader:
+def checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> ShardHeader:
+    """Return the header of the shard of a place; raise CacheMismatch for another cache's, DamagedCache otherwise."""
     header = read_header(path)
     if header.cache_id != record.cache_id:
         raise CacheMismatch(
@@ -270,11 +325,13 @@ def _checked_header(record: Record, path: Path, place: tuple[int, int, int]) -> 
     return header
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _damage(path: Path, advice: str) -> Iterator[None]:
+    """Turn what is wrong with a small file into DamagedCache."""
     try:
-        content = json.loads(path.read_bytes())
+        yield
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise DamagedCache(f"{path} {reason}; {advice}") from error
     except ValueError as error:
-        raise DamagedCache(f"{path}: it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DamagedCache(f"{path}: it holds {type(content).__name__}, expected an object")
-    return content
+        raise DamagedCache(f"{path}: {error}; {advice}") from error

@@ -4,20 +4,22 @@ The one decision: a shard is computed whole, from settings that the cache keeps,
 computes it. Batches are formed inside the shard, by length, within a budget of padded tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from accel_distill.codec import invert, offsets
-from accel_distill.errors import ConfigError
+from accel_distill.deal import shard_name
+from accel_distill.errors import ConfigError, NotFinite
 from accel_distill.manifest import Record
 from accel_distill.rows import Rows, encode_rows
 from accel_distill.shard import shard_bytes
-from accel_distill.stream import OpenShard, hash_texts
+from accel_distill.stream import OpenShard
 from accel_distill.targets import SparseTargets, concatenate, no_targets
-from accel_distill.teacher import Sampling, Teacher
+from accel_distill.teacher import Sampling, Teacher, TeacherOutput
+from accel_distill.text_hash import hash_texts
 from accel_distill.tokens import SequenceRule, TokenSequence
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class ShardContent:
     targets: SparseTargets  # of all positions, in the order of the rows
     entropy: np.ndarray  # (rows,) float64: sums over a row's positions, nats
     logprob: np.ndarray  # (rows,) float64
+    left_out: Mapping[int, np.ndarray] = field(default_factory=dict)  # row to its positions where a logit is not finite
 
     @property
     def positions(self) -> int:
@@ -53,10 +56,12 @@ class ShardMaker:
         rule: SequenceRule,
         sampling: Sampling,
         tokens_per_batch: int,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         """All settings are those of the cache `record`, so the same shard comes out wherever it is made."""
         self._record, self._teacher, self._tokenizer = record, teacher, tokenizer
         self._rule, self._sampling, self._tokens_per_batch = rule, sampling, tokens_per_batch
+        self._on_nonfinite: Literal["stop", "skip"] = on_nonfinite
         self._ranks = invert(record.ids_by_rank)
 
     def compute(self, shard: OpenShard, *, report: Callable[[int], None] | None = None) -> ShardContent:
@@ -67,20 +72,36 @@ class ShardMaker:
         rows, truncated = self._rule.sequences(shard.texts, indices, tokenizer=self._tokenizer)
         check_ids(rows, vocab_size=self._record.vocab_size)
         parts = [no_targets(self._sampling.method, self._sampling.parameter) for _ in rows]
-        sums = np.zeros((2, len(rows)))
+        sums, left_out = np.zeros((2, len(rows))), {}
         for batch in batches([len(row.ids) for row in rows], tokens_per_batch=self._tokens_per_batch):
-            output = self._teacher.targets_for([rows[i] for i in batch], sampling=self._sampling, report=report)
-            ends = offsets(np.array([len(rows[i].ids) - 1 for i in batch]))
-            for i, start, stop in zip(batch, ends[:-1], ends[1:], strict=True):
+            output = self._run_teacher(shard, [rows[i] for i in batch], report=report)
+            finite = np.split(output.finite, np.cumsum([len(rows[i].ids) - 1 for i in batch])[:-1])
+            ends = offsets(np.array([part.sum() for part in finite]))
+            for i, part, start, stop in zip(batch, finite, ends[:-1], ends[1:], strict=True):
                 parts[i] = output.targets.position_slice(int(start), int(stop))
                 sums[:, i] = output.entropy[start:stop].sum(), output.logprob[start:stop].sum()
-        return ShardContent(shard, rows, truncated, concatenate(parts), *sums)
+                if not part.all():
+                    left_out[i] = np.flatnonzero(~part)
+        return ShardContent(shard, rows, truncated, concatenate(parts), sums[0], sums[1], left_out)
+
+    def _run_teacher(
+        self, shard: OpenShard, rows: list[TokenSequence], *, report: Callable[[int], None] | None
+    ) -> TeacherOutput:
+        try:
+            return self._teacher.targets_for(
+                rows, sampling=self._sampling, on_nonfinite=self._on_nonfinite, report=report
+            )
+        except NotFinite as error:
+            name = shard_name(shard.group, shard.lane, len(shard.texts))
+            raise NotFinite(f"shard {name}: {error}") from error
 
     def encode(self, content: ShardContent) -> bytes:
         """Return the bytes of a shard's file."""
         rows, shard = content.rows, content.shard
         lengths = np.array([len(row.ids) for row in rows])
         target_counts = np.maximum(lengths - 1, 0)
+        for row, positions in content.left_out.items():
+            target_counts[row] -= len(positions)
         fields = {
             "cache_id": self._record.cache_id,
             "group": shard.group,
@@ -93,8 +114,9 @@ class ShardMaker:
             "empty": sum(not text for text in shard.texts),
             "truncated": content.truncated,
             "untargeted": int((target_counts == 0).sum()),
-            "nonfinite": 0,
+            "nonfinite": sum(map(len, content.left_out.values())),
             "texts_sha256": hash_texts(shard.texts),
+            "numerics": self._record.drift,
         }
         return shard_bytes(fields, self._columns(content, lengths, target_counts))
 
@@ -102,6 +124,8 @@ class ShardMaker:
         tokens = offsets(lengths)
         mask = np.ones(tokens[-1], bool)
         mask[tokens[1:][lengths > 0] - 1] = False  # a sequence's last token has no next one
+        for row, positions in content.left_out.items():
+            mask[tokens[row] + positions] = False
         rows = Rows(
             sample_index=np.array([row.sample_index for row in content.rows]),
             tokens=tokens,

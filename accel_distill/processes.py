@@ -8,14 +8,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from accel_distill.errors import ConfigError, RunError
+from accel_distill.errors import ConfigError, RankStopped, RunError
 
 # Rank 0 hashes weights and counts tokens while the others wait.
 SET_UP_TIMEOUT = timedelta(hours=2)
@@ -45,16 +46,14 @@ class World:
         """
         if self.world_size == 1:
             return make()
-        from accelerate.utils import broadcast_object_list
-
         box: list[T | RunError | None] = [None]
         if self.is_main:
             try:
                 box[0] = make()
             except RunError as error:
-                broadcast_object_list([error], from_process=0)
+                _broadcast([error])
                 raise
-        broadcast_object_list(box, from_process=0)
+        _broadcast(box)
         if isinstance(box[0], RunError):
             time.sleep(SAID_AFTER)
             raise SystemExit(box[0].exit_status)
@@ -75,6 +74,43 @@ class World:
         """Leave the process group at the end of a run; NCCL warns where that is left out."""
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
+
+
+def _broadcast(box: list[Any]) -> None:
+    """Hand over what rank 0 has; raise RankStopped where one of the two has gone meanwhile."""
+    from accelerate.utils import broadcast_object_list
+
+    try:
+        broadcast_object_list(box, from_process=0)
+    except RuntimeError as error:  # of torch.distributed, when the connection is closed
+        reason = " ".join(str(error).split())[:200]
+        raise RankStopped(
+            f"a rank ended before the run had begun ({reason}); see what it printed, then run the same command again"
+        ) from error
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the process group: ZeRO-3, which divides weights as they are loaded, takes itself for alone."""
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+@contextmanager
+def whole_weights(arguments: Any) -> Iterator[None]:
+    """Let ZeRO-3 of these TrainingArguments divide no model that is made meanwhile: it would draw other weights."""
+    if arguments.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    live = getattr(arguments, "hf_deepspeed_config", None) or arguments.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(live)
 
 
 def leave_processes() -> None:

@@ -23,6 +23,7 @@ class Progress:
         self._samples = done
         self._made = self._in_hand = 0  # positions: committed by all ranks in this run; not yet, by this rank
         self._bytes_per_position: float | None = None
+        self._retries = 0
         self._begun = self._said = time.monotonic()
         terminal = sys.stderr.isatty()
         self._lines = shown and not terminal
@@ -49,6 +50,11 @@ class Progress:
         self._bytes_per_position = bytes_per_position or self._bytes_per_position
         self._show()
 
+    def retried(self) -> None:
+        """Say that this rank reads its dataset again, after an error that may pass."""
+        self._retries += 1
+        self._show()
+
     def _show(self) -> None:
         if not self.shown:
             return
@@ -67,6 +73,8 @@ class Progress:
         details = {"positions/s": f"{positions / max(now - self._begun, 1e-9):,.0f}"}
         if self._bytes_per_position is not None:
             details["bytes/position"] = f"{self._bytes_per_position:.1f}"
+        if self._retries:
+            details["retries"] = str(self._retries)
         return details
 
     def _eta(self, now: float) -> str:

@@ -2,6 +2,10 @@
 
 The one decision: a file under its final name is complete, always; its name appearing is the commit. The price is two
 fsyncs a file. HDF5 itself never touches the disk: killed while appending, none of its files could be opened again.
+
+Every step goes through the module `os` and nothing else, and the tests put a kill, or a file system that forgets, in
+its place. The steps: open, write, fsync, fstat, close; link (without hard links: rename); open, fsync and close the
+directory; unlink the temporary name.
 """
 
 import contextlib
@@ -12,35 +16,27 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from accel_distill.errors import DiskGuard, RunError
+from accel_distill.errors import TO_GO_ON, DiskGuard, RunError
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 DISK_ERRORS = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
+    errno.EFBIG: "the file would be larger than is allowed here (ulimit -f)",
 }
 
 
 def publish(data: bytes, path: Path, *, scratch: Path) -> bool:
     """Give `data` its final name, durably; return False, leaving it, where a file of that name is there already.
 
-    `scratch` is a directory of the same file system. Raises DiskGuard for a full or read-only disk, RunError for any
-    other failure of the file system.
+    That name is durable too then: who made it may have died before its directory was synced. `scratch` is a directory
+    of the same file system. Raises DiskGuard for a full or read-only disk, RunError for any other failure of it.
     """
     with _written(data, path, scratch) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            if path.exists():
-                return False
-            os.rename(temporary, path)
+        is_new = _linked(temporary, path)
         sync_directory(path.parent)
-    return True
+    return is_new
 
 
 def replace(data: bytes, path: Path, *, scratch: Path) -> None:
@@ -70,23 +66,49 @@ def remove_stale(scratch: Path) -> int:
     return removed
 
 
+def temporary_name(unique: str) -> str:
+    """Return a name for a file in a scratch directory: `remove_stale` knows from it whose it was."""
+    return f"{socket.gethostname()}.{os.getpid()}.{unique}"
+
+
+@contextlib.contextmanager
+def told_errors(path: Path, what: str) -> Iterator[None]:
+    """Raise DiskGuard for a full or read-only disk, RunError for whatever else the file system says of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise DiskGuard(f"{path}: {DISK_ERRORS[error.errno]} ({what}); make room, {TO_GO_ON}") from error
+        hint = "; was the directory removed?" if error.errno == errno.ENOENT else ""
+        raise RunError(f"{path}: cannot be written ({error.strerror}{hint}); nothing half-written was kept") from error
+
+
 @contextlib.contextmanager
 def _written(data: bytes, path: Path, scratch: Path) -> Iterator[Path]:
     """Write `data` durably under a temporary name, which is gone at the end, whatever happens."""
-    temporary = scratch / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+    temporary = scratch / temporary_name(uuid.uuid4().hex)
     try:
-        _write(data, temporary)
-        yield temporary
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise DiskGuard(
-                f"{path}: {DISK_ERRORS[error.errno]} ({len(data):,} bytes were to be written); nothing half-written "
-                "was kept: make room, then run the same command again"
-            ) from error
-        raise RunError(f"{path}: cannot be written ({error.strerror}); nothing half-written was kept") from error
+        with told_errors(path, f"{len(data):,} bytes were to be written"):
+            _write(data, temporary)
+            yield temporary
     finally:
         with contextlib.suppress(OSError):  # not there, or the disk takes nothing more: `remove_stale` comes by
-            temporary.unlink()
+            os.unlink(temporary)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give the file its name; return False where that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.exists(path):
+            return False
+        os.rename(temporary, path)
+    return True
 
 
 def _write(data: bytes, path: Path) -> None:

@@ -4,6 +4,8 @@ The one decision: each column holds one thing of all rows, one behind the other,
 it is each row's. So any range of rows is read and decoded alone, and many rows at the cost of a few array operations.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +184,14 @@ class RowReader:
         rows = slice(first, last)
         stats = (self._entropy[rows], self._logprob[rows])
         return Rows(self.sample_index[rows], tokens - tokens[0], positions - positions[0], ids, mask, targets, *stats)
+
+    @contextlib.contextmanager
+    def damaged_by(self, where: str = "") -> Iterator[None]:
+        """Turn what a check says with ValueError into DamagedCache of this file."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.damaged(f"{where}{error}") from error
 
     def damaged(self, what: str) -> DamagedCache:
         """Return the error that says `what` of this file."""

@@ -15,7 +15,7 @@ import yaml
 
 from accel_distill.errors import ConfigError
 
-LARGEST_FILE = 1_000_000  # bytes
+LARGEST_FILE = 100_000  # bytes: of the densest YAML it takes a second to read as many
 DEEPEST_NESTING = 20  # levels
 TEXT = "tag:yaml.org,2002:str"
 
@@ -52,9 +52,9 @@ class RunFileLoader(yaml.SafeLoader):
         """Refuse anchors, aliases, tags and deep nesting before the node is built."""
         event: Any = self.peek_event()
         if event.anchor is not None:
-            raise _problem(f"anchors and aliases ({event.anchor}) are not allowed: quote it", event.start_mark)
+            raise _problem(f"anchors and aliases ({event.anchor:.60}) are not allowed: quote it", event.start_mark)
         if getattr(event, "tag", None) is not None:
-            raise _problem(f"tags ({event.tag}) are not allowed: quote it", event.start_mark)
+            raise _problem(f"tags ({event.tag:.60}) are not allowed: quote it", event.start_mark)
         if self.depth == DEEPEST_NESTING:
             raise _problem(f"more than {DEEPEST_NESTING} levels of nesting", event.start_mark)
         self.depth += 1
@@ -68,9 +68,9 @@ class RunFileLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != TEXT:
                 word = key.value if isinstance(key, yaml.ScalarNode) else f"({key.id})"
-                raise _problem(f"the key {word} is not text: quote it", key.start_mark)
+                raise _problem(f"the key {word:.80} is not text: quote it", key.start_mark)
             if key.value in seen:
-                raise _problem(f"the key {key.value!r} is there twice: delete one", key.start_mark)
+                raise _problem(f"the key {key.value!r:.80} is there twice: delete one", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

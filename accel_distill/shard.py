@@ -11,21 +11,21 @@ HDF5 tools skip the header (they look for their signature at 0, 512, 1024, 2048,
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import stat
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
 
-from accel_distill.errors import DamagedCache
+from accel_distill.errors import DamagedCache, RunError
+from accel_distill.regular_file import MEBIBYTE, open_regular, parse_json_object
 
 MAGIC = b"ADSHARD1"
 FORMAT = 2
@@ -34,7 +34,11 @@ HASHED_BYTES = HEADER_BYTES - 32
 CHUNK = 16_384  # elements; with 4 Ki a position takes 2 % more bytes, as each chunk has Huffman tables of its own
 GZIP_LEVEL = 6
 GZIP_MEMORY = 9  # of zlib: with less, it begins new Huffman tables inside a chunk
+LARGEST_IMAGE = 1 << 34  # bytes: whoever opens a shard reads all of it once
 LEAST_CHUNK_BYTES = 8  # of a zlib stream: a column that claims more chunks than the file has room for is not counted
+# A shard's columns are this many bytes at most for its size: zlib makes a thousand zeros one byte, and a bomb of them.
+MOST_INFLATED = 64
+ALWAYS_ALLOWED = 8 * MEBIBYTE  # however small the shard: of empty texts nothing is left but zeros
 LIBVER = ("v110", "v110")  # 9 kB of metadata a shard; h5py's default spends 27 to 42 kB
 
 _verified: set[tuple[int, int, int, int]] = set()  # (device, inode, size, mtime in ns) of images hashed in this process
@@ -60,14 +64,34 @@ class ShardHeader:
     texts_sha256: str
     payload_bytes: int
     payload_sha256: str
+    numerics: str = ""  # JSON of the numeric settings that were not those of cache.json; left out where they were
 
 
 def shard_bytes(fields_: Mapping[str, object], columns: Mapping[str, np.ndarray]) -> bytes:
-    """Return a whole shard file: `fields_` are those of `ShardHeader` but format and payload."""
+    """Return a whole shard file: `fields_` are those of `ShardHeader` but format and payload.
+
+    Raises RunError where the columns compress so well that a reader takes the file for a bomb.
+    """
     image = _image(columns)
+    _refuse_unreadable(sum(values.nbytes for values in columns.values()), len(image))
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
     header = ShardHeader(**{"format": FORMAT, **fields_, **payload})  # type: ignore[arg-type]
     return _front(header) + image
+
+
+def _refuse_unreadable(inflated: int, stored: int) -> None:
+    if stored > LARGEST_IMAGE:
+        raise RunError(f"a shard takes {stored:,} bytes, more than {LARGEST_IMAGE:,}; lower cache.samples_per_shard")
+    if inflated > most_inflated(stored):
+        raise RunError(
+            f"a shard's {inflated:,} bytes of columns compress to {stored:,}, which readers take for a bomb: the "
+            "texts are all alike; lower cache.samples_per_shard"
+        )
+
+
+def most_inflated(stored: int) -> int:
+    """Return how many bytes the columns of a shard may have whose image takes `stored` bytes."""
+    return ALWAYS_ALLOWED + MOST_INFLATED * stored
 
 
 def header_sha256(header: ShardHeader) -> str:
@@ -98,7 +122,10 @@ class ShardFile:
                 self._columns = {name: self._checked_column(name, dtype) for name, dtype in dtypes.items()}
                 extra = sorted(set(self._file) - set(dtypes))
             if extra:
-                raise _damaged(path, f"it has columns that do not belong to it: {extra}")
+                raise _damaged(path, f"it has columns that do not belong to it: {extra[:10]}")
+            inflated = sum(column.shape[0] * column.dtype.itemsize for column in self._columns.values())
+            if inflated > (most := most_inflated(self.header.payload_bytes)):
+                raise _damaged(path, f"its columns claim {inflated:,} bytes, expected at most {most:,} for its size")
         except BaseException:
             self.close()
             raise
@@ -133,6 +160,8 @@ class ShardFile:
         column = self._columns[name]
         size = column.chunks[0] * column.dtype.itemsize
         with _hdf5(self.path, f"column {name} cannot be read at {at}"):
+            if column.id.get_chunk_info_by_coord((at,)).size > self.header.payload_bytes:
+                raise _damaged(self.path, f"column {name}: the chunk at {at} claims to be larger than the file")
             mask, raw = column.id.read_direct_chunk((at,))
             inflater = zlib.decompressobj()
             data = inflater.decompress(raw, size + 1)
@@ -162,7 +191,12 @@ class ShardFile:
 
 def _front(header: ShardHeader) -> bytes:
     """Return the 4096 bytes of a header."""
-    text = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
+    said = {name: value for name, value in asdict(header).items() if name != "numerics" or value}
+    text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+    if len(text) > HASHED_BYTES - 12:
+        raise RunError(
+            f"a shard's header has no room for {len(text):,} bytes; is teacher.attn_implementation that long?"
+        )
     front = (MAGIC + len(text).to_bytes(4, "little") + text).ljust(HASHED_BYTES, b"\0")
     return front + hashlib.sha256(front).digest()
 
@@ -202,19 +236,15 @@ def _gzip(data: bytes) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """Open a regular file, and nothing else: opening a FIFO would hang, and a link could lead anywhere."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return open_regular(path)
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise _damaged(path, f"it cannot be opened ({reason})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _damaged(path, "it is not a regular file")
-    return descriptor
+        raise _damaged(path, f"it cannot be opened ({error.strerror})") from error
 
 
 def _checked_header(path: Path, front: bytes, size: int) -> ShardHeader:
+    if foreign := _foreign(front):
+        raise _damaged(path, foreign)
     if len(front) < HEADER_BYTES:
         raise _damaged(path, f"it has {size} bytes, less than its header's {HEADER_BYTES}")
     if front[:8] != MAGIC:
@@ -223,23 +253,44 @@ def _checked_header(path: Path, front: bytes, size: int) -> ShardHeader:
         raise _damaged(path, "its header does not have the hash that it says")
     length = int.from_bytes(front[8:12], "little")
     try:
-        header = json.loads(front[12 : 12 + length])
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, f"its header holds {type(header).__name__}, expected an object")
-    if (found := header.get("format")) != FORMAT:
+        header = parse_json_object(front[12 : 12 + length])
+    except ValueError as error:
+        raise _damaged(path, f"its header: {error}") from error
+    if type(found := header.get("format")) is not int or found != FORMAT:
         raise _damaged(path, f"its format is {found!r}, this version reads {FORMAT}")
+    known = {"numerics": "", **header}
     for field in fields(ShardHeader):
-        value = header.get(field.name)
+        value = known.get(field.name)
         if type(value) is not field.type or (isinstance(value, int) and value < 0):
-            raise _damaged(path, f"its header says {field.name} = {value!r}")
-    if set(header) != {field.name for field in fields(ShardHeader)}:
+            raise _damaged(path, f"its header says {field.name} = {value!r:.100}")
+    if set(known) != {field.name for field in fields(ShardHeader)}:
         raise _damaged(path, "its header has fields that do not belong to it")
+    try:
+        parse_json_object(known["numerics"].encode() or b"{}")
+    except ValueError as error:
+        raise _damaged(path, f"its header's numerics: {error}") from error
+    if header["payload_bytes"] > LARGEST_IMAGE:
+        raise _damaged(path, f"its header says {header['payload_bytes']:,} bytes, more than {LARGEST_IMAGE:,}")
     if size != HEADER_BYTES + header["payload_bytes"]:
         expected = HEADER_BYTES + header["payload_bytes"]
         raise _damaged(path, f"it has {size} bytes, and its header says {expected}")
     return ShardHeader(**header)
+
+
+def _foreign(front: bytes) -> str | None:
+    """Say what a file is that was put in a shard's place by a download that went wrong."""
+    if front.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the file, which `git lfs pull` fetches"
+    if front.lstrip()[:1] == b"<":
+        return "it is a web page, not a shard"
+    return None
+
+
+def _sha256_of_rest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(MEBIBYTE):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _verify_image(path: Path) -> ShardHeader:
@@ -250,7 +301,7 @@ def _verify_image(path: Path) -> ShardHeader:
         header = _checked_header(path, file.read(HEADER_BYTES), status.st_size)
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if key not in _verified:
-            if hashlib.sha256(file.read()).hexdigest() != header.payload_sha256:
+            if _sha256_of_rest(file) != header.payload_sha256:
                 raise _damaged(path, "its data do not have the hash that its header says")
             _verified.add(key)
     return header

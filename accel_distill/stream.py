@@ -8,23 +8,28 @@ samples with the number of ranks or of files).
 import glob
 import hashlib
 import itertools
+import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel_distill.deal import Dealer, Layout
-from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DiskGuard, RunError
+from accel_distill.publish import DISK_ERRORS
+from accel_distill.reading import START, Mark, Reading, is_transient
+from accel_distill.text_hash import Text, TextHash
 
 if TYPE_CHECKING:
     import datasets
 
     from accel_distill.config import DatasetConfig
 
-Text = str | None
+log = logging.getLogger(__name__)
+
 LONGEST_REASON = 400  # characters of another library's message
 COMMIT = re.compile(r"^hf://[^@]+@([0-9a-f]{40})/")
 
@@ -38,8 +43,9 @@ class TextStream:
         _check_data_files(config)
         builder = _builder(config)
         self._files, self._fallback = _files(builder.config.data_files or {}, config), builder.hash
-        self._dataset = _open(config, self._files, reader=builder.name)
+        self._dataset: Any = _open(config, self._files, reader=builder.name)
         self.length = None if config.streaming else len(self._dataset)  # samples, where known
+        self._first = self._dataset.state_dict() if config.streaming else None
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -48,12 +54,36 @@ class TextStream:
 
     def __iter__(self) -> Iterator[Text]:
         """Yield the text of each sample; None where it has none."""
-        config, count = self._config, 0
+        return self.read()
+
+    def read(self, start: Mark = START, *, tell: Callable[[str], None] = log.warning) -> Reading:
+        """Read the texts from a sample on, one reading at a time; `tell` hears where the network failed."""
+        return Reading(self._texts, state=self._state, name=self._config.name, start=start, tell=tell)
+
+    def _texts(self, start: Mark) -> Iterator[Text]:
+        """Open the dataset at a mark, once."""
+        config, count, dataset = self._config, start.at, self._dataset
         try:
-            for count, row in enumerate(self._dataset, start=1):
+            if not config.streaming:
+                dataset = dataset.select(range(start.at, len(dataset)))
+            else:
+                dataset.load_state_dict(start.state if start.at else self._first)
+            for count, row in enumerate(dataset, start=start.at + 1):
                 yield _text(row, config.text_column, index=count - 1)
         except _dataset_errors() as error:
-            raise ConfigError(f"dataset {config.name}: reading sample {count} failed: {_one_line(error)}") from error
+            if is_transient(error):
+                raise
+            raise _refusal(f"dataset {config.name}: reading sample {count} failed", error) from error
+
+    def _state(self) -> Any:
+        """Return where the reading is, as the datasets library says it."""
+        return self._dataset.state_dict() if self._config.streaming else None
+
+
+def is_pinned(source: Mapping[str, Any]) -> bool:
+    """Whether a `source` pins the content: a commit, or the hash of each file; and not a name or a fingerprint."""
+    files = source.get("files")
+    return "commit" in source or (isinstance(files, list) and all(isinstance(file, list) for file in files))
 
 
 @dataclass(frozen=True)
@@ -77,18 +107,25 @@ class Walk:
         committed: Mapping[tuple[int, int], tuple[int, str]],
         rank: int,
         world_size: int,
+        first_group: int = 0,
     ) -> None:
-        """`committed`: (group, lane) to the number of samples and the hash of the texts of the shard that is there."""
+        """`committed`: (group, lane) to the number of samples and the hash of the texts of the shard that is there.
+
+        `texts` begin with the first sample of `first_group`; every group before it is committed.
+        """
         self._texts, self._layout, self._max_samples = texts, layout, max_samples
         self._committed = committed
         counts = {place: samples for place, (samples, _) in committed.items()}
         self._dealer = Dealer(layout, counts, rank=rank, world_size=world_size)
-        self.total = 0  # samples seen; at the end, those of the whole stream
+        self._first_group = first_group
+        self.total = (
+            first_group * layout.group_samples
+        )  # samples seen, or passed over; at the end, those of the whole stream
         self.stream_end: str | None = None  # "cap" or "exhausted", known at the end
 
     def __iter__(self) -> Iterator[OpenShard]:
         """Yield this rank's shards, each once its last sample has come."""
-        for group in itertools.count():
+        for group in itertools.count(self._first_group):
             kept, hashes = self._read_group(group)
             self._check_committed(group, hashes)
             for lane in self._dealer.deal(group, self.total):
@@ -140,33 +177,6 @@ class Walk:
             )
 
 
-class TextHash:
-    """sha256 over texts, each behind its length in bytes (8, little-endian); stops after `samples` texts."""
-
-    def __init__(self, samples: int | None = None) -> None:
-        """Start with no text added."""
-        self._hash, self._samples, self._added = hashlib.sha256(), samples, 0
-
-    def add(self, text: Text) -> None:
-        """Add one text; None counts as empty."""
-        if self._added != self._samples:
-            data = (text or "").encode("utf-8", "surrogatepass")
-            self._hash.update(len(data).to_bytes(8, "little") + data)
-            self._added += 1
-
-    def hexdigest(self) -> str:
-        """Return the hash of what was added."""
-        return self._hash.hexdigest()
-
-
-def hash_texts(texts: Sequence[Text]) -> str:
-    """Return the hash that a shard keeps of its texts."""
-    total = TextHash()
-    for text in texts:
-        total.add(text)
-    return total.hexdigest()
-
-
 def _check_data_files(config: "DatasetConfig") -> None:
     """Raise ConfigError for a local path or glob without a file: the library takes that for an empty dataset."""
     local = [] if "/" in config.name else config.data_files or []  # of a dataset on the hub they are the hub's
@@ -183,7 +193,7 @@ def _builder(config: "DatasetConfig") -> "datasets.DatasetBuilder":
             config.name, config.config_name, data_files=config.data_files, revision=config.revision
         )
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset.name: {config.name} cannot be opened: {_one_line(error)}") from error
+        raise _refusal(f"dataset.name: {config.name} cannot be opened", error) from error
 
 
 def _files(found: Mapping[str, Any], config: "DatasetConfig") -> list[str]:
@@ -226,7 +236,7 @@ def _open(
         dataset = datasets.load_dataset(**source, split=config.split, streaming=config.streaming)
         first = next(iter(dataset), None)
     except _dataset_errors() as error:
-        raise ConfigError(f"dataset {config.name} ({config.split}): {_one_line(error)}") from error
+        raise _refusal(f"dataset {config.name} ({config.split})", error) from error
     if first is None:
         raise ConfigError(f"dataset {config.name} ({config.split}) is empty: there is no sample to run the teacher on")
     columns = sorted(first)
@@ -253,6 +263,15 @@ def _dataset_errors() -> tuple[type[BaseException], ...]:
     from datasets.exceptions import DatasetsError
 
     return (DatasetsError, OSError, ValueError, RuntimeError, StopIteration)
+
+
+def _refusal(what: str, error: BaseException) -> RunError:
+    """Return what to raise for an error of the datasets library, whose own cache may be on a disk that is full."""
+    full = DISK_ERRORS.get(getattr(error, "errno", None) or 0)
+    if full is not None:
+        where = getattr(error, "filename", None) or "HF_HOME says where the datasets library keeps its files"
+        return DiskGuard(f"{what}: {full} ({where}); make room, {TO_GO_ON}")
+    return ConfigError(f"{what}: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -120,6 +120,10 @@ class Chunk:
     entropy: Tensor  # (n,) float64, nats, at the temperature; NaN where a logit is not finite
     logprob: Tensor  # (n,) float64: log-probability of `next_ids` at temperature 1
 
+    def only(self, wanted: Tensor) -> "Chunk":
+        """Return the positions at which `wanted` (n,) bool is true."""
+        return Chunk(*(getattr(self, field.name)[wanted] for field in fields(self)))
+
 
 def read_logits(logits: Tensor, *, next_ids: Tensor, temperature: float = 1.0, valid_ids: int | None = None) -> Chunk:
     """Turn logits (n, V) into a `Chunk`; float32 logits become its mass, in place.

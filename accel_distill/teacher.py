@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accel_distill.codec import Method
-from accel_distill.errors import ConfigError, RunError
+from accel_distill.errors import ConfigError, NotFinite, RunError
 from accel_distill.lm_head import separate_head
 from accel_distill.targets import SparseTargets, concatenate, no_targets, read_logits, sample
 from accel_distill.tokens import TokenSequence
@@ -46,6 +46,7 @@ class TeacherOutput:
     targets: SparseTargets
     entropy: np.ndarray  # (P,) float64, nats, at the sampling's temperature
     logprob: np.ndarray  # (P,) float64: of the true next token, at temperature 1
+    finite: np.ndarray  # (positions with a next token,) bool: the P that are here; all, unless the others were skipped
 
 
 class Teacher:
@@ -64,12 +65,17 @@ class Teacher:
 
     @torch.inference_mode()
     def targets_for(
-        self, batch: Sequence[TokenSequence], *, sampling: Sampling, report: Callable[[int], None] | None = None
+        self,
+        batch: Sequence[TokenSequence],
+        *,
+        sampling: Sampling,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        report: Callable[[int], None] | None = None,
     ) -> TeacherOutput:
         """Run the teacher once over a batch and sample a target at each position that has a next token.
 
-        `report` is called with the number of positions of each chunk that is done. Raises RunError, naming sample and
-        position, where a logit is not finite.
+        `report` is called with the number of positions of each chunk that is done. Where a logit is not finite, raises
+        NotFinite, naming sample and position, or skips the position.
         """
         ids, mask = _padded(batch, self.device)
         has_next = mask[:, 1:]
@@ -80,7 +86,7 @@ class Teacher:
         samples = index[:, None].expand_as(has_next)[has_next]
         positions = (start[:, None] + width)[has_next]
         logits_of = self._forward(ids, mask, has_next)
-        targets, entropy, logprob = [no_targets(sampling.method, sampling.parameter)], [], []
+        targets, entropy, logprob, finite = [no_targets(sampling.method, sampling.parameter)], [], [], []
         for begin in range(0, len(next_ids), self._head_chunk):
             part = slice(begin, begin + self._head_chunk)
             chunk = read_logits(
@@ -89,7 +95,13 @@ class Teacher:
                 temperature=sampling.temperature,
                 valid_ids=self._valid_ids,
             )
-            _check_finite(chunk.entropy, samples[part], positions[part])
+            is_finite = chunk.entropy.isfinite()
+            finite.append(is_finite.cpu().numpy())
+            at = samples[part], positions[part]
+            if not finite[-1].all():
+                if on_nonfinite == "stop":
+                    raise _not_finite(is_finite, *at)
+                chunk, at = chunk.only(is_finite), (at[0][is_finite], at[1][is_finite])
             entropy.append(chunk.entropy.cpu().numpy())
             logprob.append(chunk.logprob.cpu().numpy())
             found = sample(
@@ -97,15 +109,20 @@ class Teacher:
                 method=sampling.method,
                 parameter=sampling.parameter,
                 seed=sampling.seed,
-                sample_index=samples[part],
-                position=positions[part],
+                sample_index=at[0],
+                position=at[1],
             )
             targets.append(found.cpu())
             if report:
                 report(len(found))
             del chunk
-        none = [np.zeros(0)]
-        return TeacherOutput(concatenate(targets), np.concatenate(none + entropy), np.concatenate(none + logprob))
+        none, nothing = [np.zeros(0)], [np.zeros(0, bool)]
+        return TeacherOutput(
+            concatenate(targets),
+            np.concatenate(none + entropy),
+            np.concatenate(none + logprob),
+            np.concatenate(nothing + finite),
+        )
 
     def rehearse(self, *, tokens: int, length: int) -> None:
         """Run the largest batch once, so that it runs out of memory in the first minute or not at all."""
@@ -184,11 +201,11 @@ def _padded(batch: Sequence[TokenSequence], device: torch.device) -> tuple[Tenso
     return ids.to(device), mask.to(device)
 
 
-def _check_finite(entropy: Tensor, samples: Tensor, positions: Tensor) -> None:
-    bad = (~entropy.isfinite()).nonzero()
-    if len(bad):
-        first = int(bad[0])
-        raise RunError(
-            f"the teacher's logits are not finite at position {int(positions[first])} of sample {int(samples[first])} "
-            f"(and {len(bad) - 1} more of that chunk); try another teacher.dtype (bfloat16 or float32 for float16)"
-        )
+def _not_finite(is_finite: Tensor, samples: Tensor, positions: Tensor) -> NotFinite:
+    bad = (~is_finite).nonzero()
+    first = int(bad[0])
+    return NotFinite(
+        f"the teacher's logits are not finite at position {int(positions[first])} of sample {int(samples[first])} "
+        f"(and {len(bad) - 1} more of that chunk); try another teacher.dtype (bfloat16 or float32 for float16), or "
+        "leave such positions out with teacher.on_nonfinite=skip"
+    )

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from accel_distill.cache import TeacherCache
+from accel_distill.checkpoint_record import CheckpointRecord, DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.command_line import parse_arguments
-from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
+from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
-from accel_distill.manifest import differences
-from accel_distill.processes import check_backend, leave_processes, start_processes
+from accel_distill.losses import Objective
+from accel_distill.manifest import differences, read_plan
+from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
 from accel_distill.publish import replace
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
@@ -64,7 +68,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    record = _data_record(config, cache, arguments, world_size=world.world_size)
+    if checkpoint := arguments.resume_from_checkpoint:
+        world.from_main(lambda: check_resumable(Path(checkpoint), record))
+    if arguments.deepspeed_plugin is not None:
+        join_deepspeed()
     trainer = _make_trainer(config, cache, config.student, arguments)
+    trainer.add_callback(CheckpointRecord(**asdict(record)))
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
@@ -80,7 +90,16 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _open(config: RunConfig) -> TeacherCache:
     """Open the cache and see that it is this run's, on rank 0: so that what is wrong is said once."""
-    cache = TeacherCache(config.cache.path)
+    cache = TeacherCache(config.cache.path, allow_partial=config.cache.allow_partial)
+    if not cache.complete:
+        plan = read_plan(cache.path)
+        planned = f"{plan['max_samples']:,}" if plan and plan["max_samples"] else "all"
+        log.warning(
+            "cache %s is not complete: training uses the %s of %s samples that are there now",
+            cache.path,
+            f"{cache.samples:,}",
+            planned,
+        )
     check_settings(config, cache)
     tokenizer = load_tokenizer(cache.tokenizer_path)
     if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
@@ -89,6 +108,14 @@ def _open(config: RunConfig) -> TeacherCache:
             "from the teacher again"
         )
     return cache
+
+
+def _data_record(
+    config: RunConfig, cache: TeacherCache, arguments: TrainingArguments, *, world_size: int
+) -> DataRecord:
+    """Return what the run's checkpoints say of its data."""
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
+    return DataRecord(cache.cache_id, cache.samples, cache.content_sha256, config.dataset.eval_samples, batch)
 
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:
@@ -130,6 +157,14 @@ def check_settings(config: RunConfig, cache: TeacherCache) -> None:
     wanted = config.dataset.max_samples
     if wanted is not None and wanted < cache.samples:
         log.warning("dataset.max_samples is %s, but training uses the whole cache: %s samples", wanted, cache.samples)
+
+
+def objective(loss: LossConfig, cache: TeacherCache) -> Objective:
+    """Return section `loss` for the targets of the cache; raise ConfigError where these do not allow it."""
+    try:
+        return Objective(kind=cache.method, temperature=cache.temperature, **loss.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"section loss: {error}") from error
 
 
 def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArguments:
@@ -222,9 +257,10 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
-    model = load_student(
-        student, tokenizer, vocab_size=cache.vocab_size, max_length=cache.max_length, seed=arguments.seed
-    )
+    sizes: dict[str, Any] = {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
+    # from scratch: the same weights whatever the backend; pretrained: divided while they are read
+    with whole_weights(arguments) if student.model is None else nullcontext():
+        model = load_student(student, tokenizer, **sizes)
     training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
     _check_evaluation(arguments, held_out)
     _make_directory(arguments.output_dir)
@@ -232,10 +268,7 @@ def _make_trainer(
     return DistillationTrainer(
         model,
         arguments,
-        kd_weight=config.loss.kd_weight,
-        ce_weight=config.loss.ce_weight,
-        temperature=cache.temperature,
-        target_method=cache.method,
+        objective=objective(config.loss, cache),
         data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
         train_dataset=Subset(samples, training),
         eval_dataset=Subset(samples, held_out) if held_out else None,

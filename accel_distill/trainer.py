@@ -5,47 +5,42 @@ over micro-batches and processes before the division, in training, in the logs a
 gradient accumulation nor the number of processes nor ragged lengths change it. It costs that the Trainer's
 own averages (over batches, over sequences) cannot be used.
 
-`kd` and `eval_kl` are KL(teacher || student) as it stands in the loss, with its factor T^2. From `top_k`
-targets it is the KL of k + 1 outcomes, a lower bound.
+`kd` is the divergence of the loss and `kl` is KL(teacher || student), the same where the loss is the forward KL; both
+with the factor T^2. From `top_k` targets they are of k + 1 outcomes, a lower bound.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+import logging
+import resource
+import sys
+import time
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from accel_distill.codec import Method
-from accel_distill.losses import (
-    Entries,
-    cross_entropy,
-    sparse_cross_entropy,
-    student_logprobs,
-    top_k_forward_kl,
-)
+from accel_distill.errors import RunError
+from accel_distill.fused_head import FullLogits, Ran
+from accel_distill.head_jobs import SparseJob, sparse_chunks
+from accel_distill.head_probe import fuse_head
+from accel_distill.losses import Objective
+from accel_distill.recent_losses import RecentLosses
 from accel_distill.shuffle import window_sampler
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]  # what CachedLogitCollator returns
 
-CHUNK = 256  # positions whose logits are float32 at once: 256 x 151,936 x 4 bytes = 156 MB a copy
 BINS = 15  # of equal width, for the expected calibration error
-SUMS = 5 + 3 * BINS  # positions, kd, ce, agreed, teacher_logprob; then by bin positions, confidence, correct
-
-DIVERGENCES = {
-    "threshold": sparse_cross_entropy,
-    "random": sparse_cross_entropy,
-    "top_k": top_k_forward_kl,
-}
+SUMS = 6 + 3 * BINS  # positions, kd, ce, kl, agreed, teacher_logprob; then by bin positions, confidence, correct
 
 
 class DistillationTrainer(Trainer):
-    """Train and evaluate on `kd_weight` * forward KL + `ce_weight` * cross-entropy, a mean over positions."""
+    """Train and evaluate on an `Objective`, a mean over positions."""
 
     # The loss is divided by the positions of all micro-batches of a step: not by their number again.
     loss_is_scaled_for_ga = True
@@ -55,22 +50,21 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        temperature: float = 1.0,
-        target_method: Method = "threshold",
+        objective: Objective | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        """Take temperature and target method as the cache says them; the rest goes to `Trainer` as it is."""
+        """Take the objective for the targets that the collator gives; the rest goes to `Trainer` as it is."""
         # One process with several GPUs: nn.DataParallel would cut the flat targets into equal pieces.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, compute_metrics=self._metrics, **trainer_arguments)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a whole step
-        self.kd_weight = kd_weight
-        self.ce_weight = ce_weight
-        self.temperature = temperature
-        self.target_method = target_method
-        self._since_log = torch.zeros(3, dtype=torch.float64, device=args.device)  # sums of kd, ce; positions
+        self.objective = objective or Objective()
+        self._head = self._make_head()
+        # sums of kd, ce, kl, the teacher's ce; positions
+        self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
+        self._has_gradient = False  # from its loss; seen in the first step
+        self._clock: float | None = None  # when counting began, less the time of evaluations
+        self._recent = RecentLosses()
 
     def compute_loss(
         self,
@@ -81,24 +75,52 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Return the loss of a micro-batch: its sum over positions by the positions of the whole step.
 
-        The outputs are empty: the logits are not kept.
+        The outputs are empty: there are no logits to keep.
         """
+        self._clock = self._clock or time.perf_counter()
         positions = len(inputs["target_positions"])
-        kd, ce = self._loss_sums(model, inputs)
-        self._since_log += torch.stack([kd.detach(), ce.detach(), kd.new_tensor(positions)])
         counted = torch.as_tensor(positions if num_items_in_batch is None else num_items_in_batch)
-        # a step without any target: 0 / 1, not 0 / 0
-        loss = (self.kd_weight * kd + self.ce_weight * ce) / counted.clamp(min=1)
+        factor = 1 / counted.clamp(min=1)  # a step without any target: 0 / 1, not 0 / 0
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the gradients of the processes are averaged
+            factor = factor * self.accelerator.num_processes  # the gradients of the processes are averaged
+        ran = self._run(model, inputs, factor=factor)
+        entropy = self._teacher_entropy(inputs).sum()
+        kd, ce, kl = (loss.sum() for loss in ran.losses)
+        teacher_ce = -inputs["teacher_logprob"].sum()
+        self._since_log += torch.stack([kd - entropy, ce, kl - entropy, teacher_ce, ce.new_tensor(positions)])
+        loss = ran.loss - self.objective.kd_weight * entropy * factor
+        self._recent.note(self.state.global_step, inputs["sample_index"], loss)
         return (loss, {}) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Train on a micro-batch; of the first one with a target, see that the loss gives the student a gradient."""
+        if self._has_gradient or not len(inputs["target_positions"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+        largest: list[Tensor] = []
+        self._head.watch = lambda gradient: largest.append(gradient.abs().max())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._head.watch, self._has_gradient = None, True
+        if not largest or largest[0] == 0:
+            raise RunError(
+                "the loss of the first step gave the student no gradient, so it would learn nothing; report the model "
+                f"({type(self.model).__name__}) and how it is run"
+            )
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; beside the training loss `kd` and `ce` since the last time, whatever their weights."""
+        """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
+        self._check_losses()
         if "loss" in logs:  # on every process alike
-            kd, ce, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
+            *sums, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
             self._since_log.zero_()
-            logs |= {"kd": kd / max(positions, 1), "ce": ce / max(positions, 1)}
+            logs |= {
+                name: total / max(positions, 1)
+                for name, total in zip(("kd", "ce", "kl", "teacher_ce"), sums, strict=True)
+            }
+            now = time.perf_counter()
+            logs["positions_per_second"] = positions / max(now - (self._clock or now), 1e-9)
+            logs["peak_memory_bytes"] = peak_memory(self.args.device)
+            self._clock = now
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -109,6 +131,24 @@ class DistillationTrainer(Trainer):
         if sampler is None or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         return sampler
+
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """Evaluate as the Trainer does; its time is not that of training."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*arguments, **named)
+        if self._clock is not None:
+            self._clock += time.perf_counter() - started
+        return metrics
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """Save, but not what a loss that is not finite has gone into."""
+        self._check_losses()
+        super()._save_checkpoint(*arguments, **named)
+
+    def _check_losses(self) -> None:
+        """Raise NotFinite, on every process, where a loss of one was not finite since the last time."""
+        sums = self.accelerator.reduce(self._since_log, reduction="sum")
+        self._recent.check(is_finite_everywhere=bool(sums.isfinite().all()))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the Trainer's loader, with the last samples also where training drops an incomplete batch."""
@@ -136,57 +176,67 @@ class DistillationTrainer(Trainer):
             rows = self._sample_sums(model, inputs)
         return None, rows, rows[:, :1]  # without labels the Trainer computes no metrics
 
-    def _loss_sums(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
-        """Return KL and CE summed over the positions with a target, with their gradients.
+    def _make_head(self) -> Any:
+        """Return what takes the losses: the model's own head, fused, or where that cannot be, something slower."""
+        # rank 0's word: others may have no weights yet (fsdp_cpu_ram_efficient_loading)
+        agree = (lambda reason: reason) if self.args.world_size == 1 else (lambda reason: gather_object([reason])[0])
+        fused, reason = fuse_head(self.accelerator.unwrap_model(self.model), agree)
+        if fused is not None:
+            return fused
+        if self.args.process_index == 0:
+            name = type(self.model).__name__
+            log.warning("%s: the logits of all positions of a batch will exist at once, because %s", name, reason)
+        return FullLogits()
 
-        Nothing outside sees logits: here goes an LM head that is fused with its loss.
-        """
-        sums = []
-        for chunk in chunks(model, inputs):
-            # computed again in backward, so that one chunk's float32 log-probabilities live at a time
-            losses = checkpoint(self._losses, chunk, use_reentrant=False, preserve_rng_state=False)
-            sums.append(torch.stack([loss.sum() for loss in losses]))
-        kd, ce = torch.stack(sums).sum(dim=0)
-        return kd - self._teacher_entropy(inputs).sum(), ce
+    def _run(self, model: nn.Module, inputs: Batch, *, factor: Tensor | float = 1.0, with_peak: bool = False) -> Ran:
+        """Run the model on a batch and take the losses of its positions."""
+        positions = inputs["target_positions"]
+        labels = inputs["labels"].flatten()[positions + 1]
+        entries = inputs["target_offsets"], inputs["target_ids"], inputs["target_weights"]
+        job = SparseJob(
+            self.objective,
+            positions,
+            sparse_chunks(labels, entries),
+            factor,
+            with_peak,
+        )
+        # without labels: the model shall not compute a loss of its own
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return self._head.run(model, job, **batch, use_cache=False)
 
     def _sample_sums(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return what evaluation counts, summed over the positions of each sample: (B, SUMS) float32."""
-        rows = torch.zeros(len(inputs["input_ids"]), SUMS, device=inputs["input_ids"].device)
-        for chunk in chunks(model, inputs):
-            kd, ce = self._losses(chunk)
-            logprob, top_id = student_logprobs(chunk.logits).max(dim=-1)
-            confidence = logprob.exp()
-            in_bin = F.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS)
-            one, agreed = torch.ones_like(ce), (top_id == chunk.teacher_top_id).float()
-            by_bin = torch.stack([one, confidence, top_id == chunk.labels], dim=1)[:, :, None] * in_bin[:, None]
-            counted = torch.stack([one, kd, ce, agreed, 0 * one], dim=1)
-            rows.index_add_(0, chunk.samples, torch.cat([counted, by_bin.flatten(1)], dim=1))
-        rows[:, 1] -= self._teacher_entropy(inputs)
-        rows[:, 4] = inputs["teacher_logprob"]
+        _, losses, peak = self._run(model, inputs, with_peak=True)
+        assert peak is not None
+        positions, (offsets, ids) = inputs["target_positions"], (inputs["target_offsets"], inputs["target_ids"])
+        samples, labels = positions // inputs["input_ids"].shape[1], inputs["labels"].flatten()[positions + 1]
+        one, agreed = torch.ones_like(losses.ce), peak.top_id == ids[offsets[:-1]]  # the teacher's top id comes first
+        in_bin = F.one_hot((peak.confidence * BINS).long().clamp(max=BINS - 1), BINS)
+        by_bin = torch.stack([one, peak.confidence, peak.top_id == labels], dim=1)[:, :, None] * in_bin[:, None]
+        counted = torch.stack([one, *losses, agreed, 0 * one], dim=1)
+        rows = losses.ce.new_zeros(len(inputs["input_ids"]), SUMS)
+        rows.index_add_(0, samples, torch.cat([counted, by_bin.flatten(1)], dim=1))
+        rows[:, [1, 3]] -= self._teacher_entropy(inputs)[:, None]
+        rows[:, 5] = inputs["teacher_logprob"]
         return rows
-
-    def _losses(self, chunk: "Chunk") -> tuple[Tensor, Tensor]:
-        """Return KD (from sampled targets: before the teacher's entropy) and CE by position, (n,) both."""
-        logits = chunk.logits
-        divergence = DIVERGENCES[self.target_method]
-        kd = divergence(logits if self.kd_weight else logits.detach(), chunk.entries, temperature=self.temperature)
-        return kd, cross_entropy(logits if self.ce_weight else logits.detach(), chunk.labels)
 
     def _teacher_entropy(self, inputs: Batch) -> Tensor:
         """Return what to subtract from each sample's summed KD to make it a KL, (B,), with the factor T^2."""
         entropy = inputs["teacher_entropy"]
-        return torch.zeros_like(entropy) if self.target_method == "top_k" else self.temperature**2 * entropy
+        objective = self.objective
+        return torch.zeros_like(entropy) if objective.kind == "top_k" else objective.temperature**2 * entropy
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return the evaluation metrics from the gathered rows of `_sample_sums`, without their prefix."""
         sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-        positions, kd, ce, agreed, teacher_logprob = sums[:5]
-        _, confidence, correct = sums[5:].reshape(3, BINS)
+        positions, kd, ce, kl, agreed, teacher_logprob = sums[:6]
+        _, confidence, correct = sums[6:].reshape(3, BINS)
         count = max(positions, 1)
         return {
-            "loss": (self.kd_weight * kd + self.ce_weight * ce) / count,
+            "loss": (self.objective.kd_weight * kd + self.objective.ce_weight * ce) / count,
             "ce": ce / count,
-            "kl": kd / count,
+            "kd": kd / count,
+            "kl": kl / count,
             "teacher_ce": -teacher_logprob / count,
             "top1_agreement": agreed / count,
             "ece": np.abs(confidence - correct).sum() / count,
@@ -194,36 +244,9 @@ class DistillationTrainer(Trainer):
         }
 
 
-class Chunk(NamedTuple):
-    """At most CHUNK positions with a target."""
-
-    logits: Tensor  # (n, V), the student's, as the model gives them
-    labels: Tensor  # (n,) int64, the true next token
-    entries: Entries
-    samples: Tensor  # (n,) int64, row of the batch
-
-    @property
-    def teacher_top_id(self) -> Tensor:
-        """Return the id that the teacher finds most probable, (n,): the first of each position's."""
-        offsets, ids, _ = self.entries
-        return ids[offsets[:-1]]
-
-
-def chunks(model: nn.Module, batch: Batch) -> Iterator[Chunk]:
-    """Run the model and yield the positions with a target, in order; one empty chunk where there is none.
-
-    (With it the loss has a gradient, zero, and every process takes part in reducing gradients.)
-    """
-    positions = batch["target_positions"]
-    labels = batch["labels"].flatten()[positions + 1]
-    offsets, ids, weights = batch["target_offsets"], batch["target_ids"], batch["target_weights"]
-    starts = range(0, max(1, len(positions)), CHUNK)
-    bounds = offsets[[*starts, len(positions)]].tolist()  # waits for the device: before the model, not after
-    # without labels: the model shall not compute a loss of its own
-    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits = outputs.logits.flatten(0, 1)[positions].split(CHUNK)
-    samples = positions // batch["input_ids"].shape[1]
-    for start, (first, last), rows in zip(starts, pairwise(bounds), logits, strict=True):
-        part = slice(start, start + CHUNK)
-        entries = offsets[start : start + CHUNK + 1] - first, ids[first:last], weights[first:last]
-        yield Chunk(rows, labels[part], entries, samples[part])
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process had so far, in bytes: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

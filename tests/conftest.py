@@ -1,6 +1,7 @@
 """What all tests share: no network, the checkout's own package in subprocesses, the data of `../shared/data`."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,18 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture
+def seed() -> int:
+    """Return the seed of a random test, another one each time, and print it; $ACCEL_DISTILL_SEED repeats one."""
+    chosen = int(os.environ.get("ACCEL_DISTILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"ACCEL_DISTILL_SEED={chosen}")
+    return chosen
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that is marked `gpu` where there is no CUDA device."""
+    """Skip a `gpu` test where there is no CUDA device, and a sweep unless `-m slow_sweep` asks for it."""
+    if item.get_closest_marker("slow_sweep") and "slow_sweep" not in item.config.getoption("-m"):
+        pytest.skip("a sweep of minutes: pytest -m slow_sweep")
     if item.get_closest_marker("gpu"):
         import torch
 

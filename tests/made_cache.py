@@ -12,6 +12,7 @@ import torch
 from accel_distill.codec import Method, rank_tokens, tail_counts, weight_scale
 from accel_distill.manifest import Record, create, make_directories, write_manifest, write_plan
 from accel_distill.pipeline import ShardContent, ShardMaker
+from accel_distill.shard import FORMAT
 from accel_distill.stream import OpenShard
 from accel_distill.targets import SparseTargets, concatenate, no_targets
 from accel_distill.tokens import TokenSequence
@@ -32,18 +33,33 @@ class Row:
 
 
 def make_record(path: Path, **changes: Any) -> Record:
-    """Begin a cache; `changes` are vocab, method, lanes, samples_per_shard."""
-    settings: dict[str, Any] = {"vocab": 50, "method": "threshold", "lanes": 1, "samples_per_shard": 4} | changes
+    """Begin a cache; `changes` are those of the settings below."""
+    settings: dict[str, Any] = {
+        "vocab": 50,
+        "tokenizer_size": None,  # as many as the vocabulary
+        "method": "threshold",
+        "lanes": 1,
+        "samples_per_shard": 4,
+        "max_length": 128,
+        "long_documents": "truncate",
+    } | changes
     vocab, method = settings["vocab"], settings["method"]
     counts = np.random.default_rng(7).integers(0, 100, vocab)
     ids_by_rank = rank_tokens(counts)
     layout = {key: settings[key] for key in ("lanes", "samples_per_shard")}
     parameter = PARAMETERS[method]
     identity = {
-        "teacher": {"vocab_size": vocab},
-        "tokenizer": {"size": vocab - 1},
-        "sequence": {"max_length": 128},
-        "targets": {"method": method, "parameter": parameter, "temperature": 1.5},
+        "format": FORMAT,
+        "teacher": {"vocab_size": vocab, "dtype": "float32"},
+        "tokenizer": {"size": settings["tokenizer_size"] or vocab},
+        "dataset": {"name": "made", "config_name": None, "split": "train", "text_column": "text"},
+        "sequence": {
+            "max_length": settings["max_length"],
+            "long_documents": settings["long_documents"],
+            "add_special_tokens": True,
+            "append_eos": True,
+        },
+        "targets": {"method": method, "parameter": parameter, "temperature": 1.5, "seed": 0},
         "layout": {**layout, "ranks_sha256": hashlib.sha256(ids_by_rank.tobytes()).hexdigest()},
     }
     make_directories(path)
@@ -61,6 +77,8 @@ def made_targets(positions: int, *, method: Method, vocab: int, seed: int) -> Sp
     tails = np.zeros(positions, np.int64)
     if method == "threshold":
         tails = tail_counts(parameter)[scale - values]
+    if method == "top_k":  # probabilities from 0.3 down: three of them sum to less than 1
+        values = np.sort(rng.integers(2500, 60_000, (positions, 3))).flatten()
     if method == "random":
         values, tails = np.full(positions, scale - 2), np.full(positions, 2)
     distinct = [rng.permutation(vocab)[: head + tail] for head, tail in zip(count, tails, strict=True)]
@@ -84,7 +102,7 @@ def make_rows(lengths: Sequence[Sequence[int]], *, method: Method = "threshold",
             seed = len(rows)
             targets = made_targets(max(length - 1, 0), method=method, vocab=vocab, seed=seed)
             ids = rng.integers(0, vocab, length)
-            rows.append(Row(index, ids, targets, seed + 0.25, -seed - 0.5))
+            rows.append(Row(index, ids, targets, len(targets) * 0.25, len(targets) * -0.5))
     return rows
 
 

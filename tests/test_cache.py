@@ -64,7 +64,8 @@ def test_items_are_in_the_order_of_the_stream_for_every_layout(
     lengths: list[list[int]], lanes: int, samples_per_shard: int, tmp_path: Path
 ) -> None:
     rows = make_rows(lengths)
-    make_cache(tmp_path, rows, lanes=lanes, samples_per_shard=samples_per_shard)
+    long_documents = "split" if lengths is SPLIT else "truncate"
+    make_cache(tmp_path, rows, lanes=lanes, samples_per_shard=samples_per_shard, long_documents=long_documents)
     cache = TeacherCache(tmp_path)
     check_all(cache, rows)
     assert cache.sample_indices.tolist() == [row.sample_index for row in rows]
@@ -81,17 +82,20 @@ def test_large_vocabularies_keep_every_id(method: Method, vocab: int, tmp_path: 
     values = np.full(vocab, {"threshold": 32, "top_k": 700, "random": 20}[method])
     if method == "random":
         tails, tail_count, values = np.roll(every, 1), count, np.full(vocab, 19)
+    if method == "top_k":
+        heads = np.stack([every, np.roll(every, 1), np.roll(every, 2)], axis=1).flatten()
+        count, values = 3 * count, np.full(3 * vocab, 7000)
     tail_values = np.ones(len(tails), np.int64)
     arrays = dict(zip(FIELDS, (count, heads, values, tail_count, tails, tail_values), strict=True))
     parameter = {"threshold": 0.05, "top_k": 3, "random": 20}[method]
     targets = SparseTargets.from_arrays(arrays, method=method, parameter=parameter)
     ids = np.concatenate([np.arange(vocab), [0]])  # one more than there are targets
-    make_cache(tmp_path, [Row(0, ids, targets, 0.0, 0.0)], vocab=vocab, method=method)
+    make_cache(tmp_path, [Row(0, ids, targets, 0.0, 0.0)], vocab=vocab, method=method, max_length=len(ids))
     found = TeacherCache(tmp_path)[0]
     assert torch.equal(found.input_ids, torch.from_numpy(ids))
     for name in FIELDS:
         assert torch.equal(getattr(found.targets, name), getattr(targets, name)), name
-    assert sorted(found.targets.head_ids.tolist()) == list(range(vocab))
+    assert set(found.targets.head_ids.tolist()) == set(range(vocab))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def test_an_item_beyond_the_end_is_an_index_error_and_a_negative_one_counts_from
 def test_it_says_what_it_is(made: Path) -> None:
     cache, record = TeacherCache(made), read_record(made)
     assert (cache.method, cache.parameter, cache.temperature) == ("threshold", 0.05, 1.5)
-    assert (cache.vocab_size, cache.tokenizer_size, cache.max_length) == (50, 49, 128)
+    assert (cache.vocab_size, cache.tokenizer_size, cache.max_length) == (50, 50, 128)
     assert (cache.path, cache.tokenizer_path) == (made, made / "tokenizer")
     assert (cache.identity, cache.cache_id) == (record.identity, record.cache_id)
 
@@ -315,3 +319,67 @@ def test_a_manifest_without_one_of_its_keys_is_refused(key: str, copied: Path) -
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedCache, match="manifest.json: it has not the keys of a manifest; delete it"):
         TeacherCache(copied)
+
+
+# ---- of a cache that is not complete
+
+
+def partial(path: Path, *gone: str, max_samples: int | None = 13) -> Path:
+    """Take the manifest and some shards away."""
+    (path / "manifest.json").unlink()
+    for name in gone:
+        (path / "shards" / name).unlink()
+    (path / "plan.json").write_text(json.dumps({"max_samples": max_samples}))
+    return path
+
+
+def test_an_incomplete_cache_is_refused_unless_asked_for_and_then_has_what_is_there(copied: Path, made: Path) -> None:
+    path = partial(copied, shard_name(0, 1, 3))  # samples 1, 3 and 5
+    with pytest.raises(CacheMismatch, match="or train on what is there with cache.allow_partial=true"):
+        TeacherCache(path)
+    cache, whole = TeacherCache(path, allow_partial=True), TeacherCache(made)
+    assert (cache.complete, whole.complete) == (False, True)
+    assert (len(cache), cache.samples) == (10, 10)
+    assert cache.sample_indices.tolist() == [0, 2, 4, 6, 7, 8, 9, 10, 11, 12]
+    for item in range(len(cache)):
+        expected = whole[cache[item].sample_index]
+        assert torch.equal(cache[item].input_ids, expected.input_ids)
+    assert cache.has_target.tolist() == [len(cache[item].targets) > 0 for item in range(len(cache))]
+
+
+def test_a_complete_cache_is_the_same_with_and_without_allow_partial(made: Path) -> None:
+    first, second = TeacherCache(made), TeacherCache(made, allow_partial=True)
+    assert second.complete and first.content_sha256 == second.content_sha256 and len(first) == len(second) == 13
+
+
+def test_a_partial_cache_is_pinned_to_what_was_there_at_the_start(copied: Path, made: Path) -> None:
+    name = shard_name(0, 1, 3)
+    cache = TeacherCache(partial(copied, name), allow_partial=True)
+    shutil.copy(made / "shards" / name, copied / "shards" / name)
+    for same in (cache, pickle.loads(pickle.dumps(cache))):
+        assert (len(same), same.content_sha256) == (10, cache.content_sha256)
+        assert [same[item].sample_index for item in range(10)] == [0, 2, 4, 6, 7, 8, 9, 10, 11, 12]
+    later = TeacherCache(copied, allow_partial=True)
+    assert len(later) == 13 and later.content_sha256 != cache.content_sha256
+    assert later.content_sha256 == TeacherCache(made).content_sha256
+
+
+@pytest.mark.parametrize(("max_samples", "samples"), [(13, 13), (14, 13), (15, 12), (None, 12)])
+def test_a_short_shard_that_a_later_run_replaces_is_left_out(
+    max_samples: int | None, samples: int, copied: Path
+) -> None:
+    """The last shard has 1 of 3 samples: it stays only if the plan ends the stream there."""
+    cache = TeacherCache(partial(copied, max_samples=max_samples), allow_partial=True)
+    assert cache.samples == samples
+
+
+def test_a_cache_without_any_shard_is_refused_also_where_a_partial_one_is_allowed(tmp_path: Path) -> None:
+    make_record(tmp_path)
+    with pytest.raises(CacheMismatch, match="it has no shard"):
+        TeacherCache(tmp_path, allow_partial=True)
+
+
+def test_a_damaged_shard_of_a_partial_cache_is_named(copied: Path) -> None:
+    (partial(copied) / "shards" / shard_name(0, 1, 3)).write_bytes(b"")
+    with pytest.raises(DamagedCache, match=shard_name(0, 1, 3)):
+        TeacherCache(copied, allow_partial=True)

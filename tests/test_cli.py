@@ -39,11 +39,16 @@ def test_help_names_every_command_and_answers_at_once() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", ["check", "init", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["check", "init", "inspect", "verify", "audit", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     answer = run(command, "--help")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert f"usage: accel-distill {command}" in answer.stdout
+
+
+def test_check_takes_the_flags_of_generate_as_the_launch_scripts_pass_them_on(run_file: Path) -> None:
+    assert main(["check", "--config", str(run_file), "--allow-numerics-drift"]) == 0
+    assert main(["check", "--config", str(run_file), "--allow-drift"]) == 2
 
 
 def test_version_is_the_packages() -> None:

@@ -55,6 +55,7 @@ def test_a_batch_is_the_one_written_by_hand() -> None:
         "target_weights": [1.0, 0.75, 0.25, 0.0, 0.5, 0.5],
         "teacher_entropy": [0.5, 1.0],
         "teacher_logprob": [-1.5, -3.0],
+        "sample_index": [0, 0],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert list(batch) == list(expected)  # input_ids first

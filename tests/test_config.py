@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from accel_distill.config import SECTIONS, RunConfig, load_config, resolved_yaml
+from accel_distill.divergences import DIVERGENCES
 from accel_distill.errors import ConfigError
 
 MINIMAL = """
@@ -41,6 +42,8 @@ def test_the_defaults_are_the_documented_ones(run_file: Path) -> None:
     assert (targets.temperature, targets.seed) == (1.0, 0)
     assert (config.cache.samples_per_shard, config.cache.lanes) == (1024, None)
     assert (config.loss.divergence, config.loss.kd_weight, config.loss.ce_weight) == ("forward_kl", 1.0, 0.0)
+    loss = config.loss
+    assert (loss.top_k_tail, loss.jsd_beta, loss.skew, loss.alpha, loss.beta) == ("bucket", 0.5, 0.1, 0.2, 0.7)
     assert (config.student, config.training) == (None, {})
 
 
@@ -60,6 +63,15 @@ def test_the_parameter_is_the_number_that_belongs_to_the_method(
     run_file: Path, overrides: list[str], parameter: float
 ) -> None:
     assert load_config(run_file, overrides).targets.parameter == parameter
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_top_k_targets_allow_every_divergence_and_draws_the_forward_one_only(run_file: Path, divergence: str) -> None:
+    chosen = f"loss.divergence={divergence}"
+    config = load_config(run_file, ["targets.method=top_k", chosen, "loss.top_k_tail=renormalize"])
+    assert (config.loss.divergence, config.loss.top_k_tail) == (divergence, "renormalize")
+    if divergence != "forward_kl":
+        assert f"{divergence} cannot be taken from random targets" in refusal(run_file, "targets.method=random", chosen)
 
 
 def test_overrides_replace_values_and_reach_into_the_students_config(run_file: Path) -> None:
@@ -123,7 +135,21 @@ def test_a_stream_without_a_cap_is_refused_with_the_reason_and_the_override(run_
         ("cache.lanes=0", "expected at least 1"),
         ("loss.kd_weight=-1", "expected at least 0"),
         ("loss.ce_weight=.inf", "expected a finite number"),
-        ("loss.divergence=reverse_kl", "expected 'forward_kl'"),
+        (
+            "loss.divergence=kl",
+            "expected 'forward_kl', 'reverse_kl', 'jsd', 'skew_kl', 'tvd' or 'alpha_beta'",
+        ),
+        ("loss.jsd_beta=1", "expected less than 1"),
+        ("loss.skew=0", "expected more than 0"),
+        ("loss.alpha=0", "expected more than 0"),
+        ("loss.beta=-0.5", "expected more than 0"),
+        ("loss.top_k_tail=none", "expected 'bucket' or 'renormalize'"),
+        ("loss.divergence=reverse_kl", "reverse_kl cannot be taken from threshold targets"),
+        (
+            "loss.divergence=tvd",
+            "targets.method=top_k, which allows forward_kl, reverse_kl, jsd, skew_kl, tvd, alp",
+        ),
+        ("loss.top_k_tail=renormalize", "renormalize is for top_k targets"),
         # values that contradict each other
         ("loss.kd_weight=0", "loss.kd_weight and loss.ce_weight are both 0; expected one above 0"),
         ("student.model=null", "neither student.model nor student.config is there"),

@@ -18,6 +18,7 @@ from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, shard_fil
 from transformers import AutoModelForCausalLM
 
 from accel_distill import generate as command
+from accel_distill import shard_writer
 from accel_distill.cache import TeacherCache
 from accel_distill.config import RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
@@ -371,14 +372,14 @@ def test_two_runs_at_once_on_one_cache_agree(config: Callable[..., RunConfig], f
 def test_another_shard_under_the_name_of_ours_is_an_error(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, real = config(), command.publish
+    made, real = config(), shard_writer.publish
 
     def meanwhile(data: bytes, path: Path, *, scratch: Path) -> bool:
         if path.name == shard_name(1, 0, 4):
             path.write_bytes(b"another run was here")
         return real(data, path, scratch=scratch)
 
-    monkeypatch.setattr(command, "publish", meanwhile)
+    monkeypatch.setattr(shard_writer, "publish", meanwhile)
     with pytest.raises(CacheMismatch, match=f"{shard_name(1, 0, 4)}: another run published it with other content"):
         generate(made)
 
@@ -549,7 +550,7 @@ def test_settings_that_change_no_number_may_change(config: Callable[..., RunConf
 def test_a_failure_of_the_writer_stops_the_run_with_its_own_error(
     config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, published = command.publish, []
+    real, published = shard_writer.publish, []
 
     def full(data: bytes, path: Path, *, scratch: Path) -> bool:
         published.append(path.name)
@@ -557,7 +558,7 @@ def test_a_failure_of_the_writer_stops_the_run_with_its_own_error(
             raise DiskGuard(f"{path}: no space is left on the disk")
         return real(data, path, scratch=scratch)
 
-    monkeypatch.setattr(command, "publish", full)
+    monkeypatch.setattr(shard_writer, "publish", full)
     with pytest.raises(DiskGuard, match=f"{shard_name(1, 0, 4)}: no space is left"):
         generate(config())
     cache = config().cache.path
@@ -584,7 +585,7 @@ def test_a_failure_of_the_writer_is_seen_while_the_teacher_still_runs(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(command.ShardMaker, "compute", slow)
-    monkeypatch.setattr(command, "publish", broken)
+    monkeypatch.setattr(shard_writer, "publish", broken)
     begun = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="a bug"):
         generate(config())

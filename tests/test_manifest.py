@@ -56,12 +56,12 @@ def test_the_cache_id_is_that_of_the_identity_alone(begun: Record) -> None:
     same = Record(
         Path("/elsewhere"), begun.identity, {"device": "cuda"}, {"versions": {"torch": "9"}}, begun.ids_by_rank
     )
-    other = Record(begun.path, {**begun.identity, "format": 2}, begun.numerics, begun.environment, begun.ids_by_rank)
+    other = Record(begun.path, {**begun.identity, "format": 99}, begun.numerics, begun.environment, begun.ids_by_rank)
     assert same.cache_id == begun.cache_id != other.cache_id
 
 
 def test_who_comes_second_gets_the_record_of_the_first(begun: Record) -> None:
-    second = Record(begun.path, {**begun.identity, "format": 2}, {}, {}, begun.ids_by_rank[::-1].copy())
+    second = Record(begun.path, {**begun.identity, "format": 99}, {}, {}, begun.ids_by_rank[::-1].copy())
     assert create(second).identity == begun.identity
     np.testing.assert_array_equal(read_record(begun.path).ids_by_rank, begun.ids_by_rank)
 
@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 BROKEN_RECORDS: dict[str, tuple[str, bytes | None, str]] = {
     "no JSON": ("cache.json", b"{", "cache.json: it is not JSON"),
     "a list": ("cache.json", b"[]", "cache.json: it holds list, expected an object"),
-    "no identity": ("cache.json", b"{}", "cache.json: 'identity' is missing"),
+    "no identity": ("cache.json", b"{}", "cache.json: its 'identity' is missing"),
     "no text": ("cache.json", b"\xff\xfe\xff", "cache.json: it is not JSON"),
     "identity of another kind": ("cache.json", b'{"identity": 3}', "cache.json"),
     "no ranks": ("ranks.bin", None, "ranks.bin is missing"),
@@ -216,3 +216,18 @@ def test_differences_are_told_by_dotted_key_with_both_values() -> None:
         "files[2] is ['c', 3] in the cache and None in this run"
     ]
     assert differences(cache, json.loads(json.dumps(cache))) == []
+
+
+def test_a_record_that_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel_distill.manifest.LARGEST_RECORD", 500)
+    with pytest.raises(ConfigError, match="the list of its files takes .* bytes, more than the 500 of a cache.json"):
+        make_record(tmp_path)
+    assert not (tmp_path / "cache.json").exists()
+
+
+def test_a_cache_of_another_format_is_a_mismatch_that_says_so(begun: Record) -> None:
+    content = json.loads((begun.path / "cache.json").read_text())
+    content["identity"]["format"] = 1
+    (begun.path / "cache.json").write_text(json.dumps(content))
+    with pytest.raises(CacheMismatch, match=r"format is 1 in the cache and \d in this version .* use the version"):
+        read_record(begun.path)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.errors import CacheMismatch, ConfigError, RankStopped
 from accel_distill.processes import World, check_backend, check_processes, start_processes
 
 # What launchers leave in the environment, taken down from accelerate 1.15 and torchrun of torch 2.13.
@@ -102,6 +102,18 @@ def test_what_rank_0_makes_is_what_every_rank_gets(sent: list[Any]) -> None:
     assert rank(0).from_main(lambda: 42) == 42
     assert sent == [42]
     assert rank(1).from_main(never) == 42
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_connection_that_closes_while_the_cache_is_opened_is_one_sentence(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(objects: list[Any], from_process: int) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:38411")
+
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", closed)
+    with pytest.raises(RankStopped, match="a rank ended before the run had begun .*Connection closed by peer"):
+        rank(number).from_main(lambda: 42)
 
 
 def test_an_error_of_rank_0_is_said_by_rank_0_and_the_others_leave_with_its_status(sent: list[Any]) -> None:

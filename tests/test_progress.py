@@ -82,3 +82,15 @@ def test_positions_a_second_are_those_that_all_ranks_made_and_as_many_in_hand_as
     lines = capsys.readouterr().err.splitlines()
     assert "  200 positions/s  " in lines[0]  # 4 ranks with 500 each in 10 s
     assert "  150 positions/s  20 s left" in lines[2]  # 3,000 in 20 s; half is done
+
+
+def test_retries_are_shown_once_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "LINE_EVERY", 0.0)
+    progress = Progress(total=30, done=0, world_size=1, shown=True)
+    progress.positions(10)
+    progress.retried()
+    progress.retried()
+    lines = capsys.readouterr().err.splitlines()
+    assert "retries" not in lines[0] and "  2 retries  " in lines[2]

@@ -84,7 +84,7 @@ def test_what_could_mean_something_else_is_refused_with_its_line(text: str, word
         (b"- 1\n", "found [1] (list)"),
         (b"just words", "found 'just words' (text)"),
         (b"a: \xff\xfe", "byte 3 is not UTF-8"),
-        (b"#" * (LARGEST_FILE + 1), "larger than 1,000,000 bytes"),
+        (b"#" * (LARGEST_FILE + 1), "larger than 100,000 bytes"),
     ],
 )
 def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes, word: str) -> None:

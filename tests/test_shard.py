@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 import pytest
 
 from accel_distill import shard as shard_module
-from accel_distill.errors import DamagedCache
+from accel_distill.errors import DamagedCache, RunError
 from accel_distill.shard import CHUNK, FORMAT, HEADER_BYTES, ShardFile, read_header, shard_bytes
 
 FIELDS = {
@@ -132,7 +132,8 @@ def test_the_header_comes_back_and_says_what_the_image_is(good: Path) -> None:
     header = asdict(read_header(good))
     image = good.read_bytes()[HEADER_BYTES:]
     payload = {"payload_bytes": len(image), "payload_sha256": hashlib.sha256(image).hexdigest()}
-    assert header == {"format": FORMAT, **FIELDS, **payload}
+    assert header == {"format": FORMAT, **FIELDS, **payload, "numerics": ""}
+    assert b"numerics" not in good.read_bytes()[:HEADER_BYTES]
 
 
 def test_the_same_columns_give_the_same_bytes() -> None:
@@ -196,18 +197,16 @@ def test_a_file_that_was_good_is_checked_again_once_it_has_changed(good: Path) -
 
 def test_an_image_is_hashed_once_in_a_process(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
+    real = shard_module._sha256_of_rest
 
-    class Counting:
-        def sha256(self, data: bytes) -> Any:
-            hashed.append(len(data))
-            return hashlib.sha256(data)
+    def counting(file: BinaryIO) -> str:
+        hashed.append(file.tell())
+        return real(file)
 
-    monkeypatch.setattr(shard_module, "hashlib", Counting())
+    monkeypatch.setattr(shard_module, "_sha256_of_rest", counting)
     for _ in range(3):
         ShardFile(good, dtypes=dtypes(SMALL)).close()
-    image = good.stat().st_size - HEADER_BYTES
-    assert hashed.count(image) == 1
-    assert hashed.count(HEADER_BYTES - 32) == 3
+    assert hashed == [HEADER_BYTES]
 
 
 @pytest.mark.parametrize("size", [0, 1, 11, 4000, 4095, 4096, 4097, -1])
@@ -243,15 +242,19 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(good: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 1}, "its format is 1, this version reads 2"),
+        ({"format": FORMAT + 1}, f"its format is {FORMAT + 1}, this version reads {FORMAT}"),
         ({"format": True}, "its format is True|format = True"),
         ({"samples": "4"}, "samples = '4'"),
         ({"samples": -1}, "samples = -1"),
         ({"samples": 4.0}, "samples = 4.0"),
         ({"samples": True}, "samples = True"),
         ({"cache_id": None}, "cache_id = None"),
+        ({"numerics": {"device": "cuda"}}, "numerics = {'device': 'cuda'}"),
+        ({"numerics": "cuda"}, "its header's numerics: it is not JSON"),
         ({"note": "more"}, "fields that do not belong"),
         ({"payload_bytes": 10**30}, "its header says"),
+        ({"payload_bytes": 2**34}, "it has .* bytes, and its header says"),
+        ({"payload_bytes": 2**34 + 1}, "its header says 17,179,869,185 bytes, more than 17,179,869,184"),
     ],
 )
 def test_a_header_with_a_right_hash_and_wrong_content_is_refused(
@@ -270,7 +273,8 @@ def test_a_header_with_a_right_hash_and_wrong_content_is_refused(
         framed(b"{}"),
         framed(b"\xff\xfe"),
         framed(b"{", length=2**32 - 1),
-        framed(b'{"format": 2}', length=3),
+        framed(b'{"format": 1}', length=3),
+        framed(b'{"format": NaN}'),
         framed(b"[" * 4000),
     ],
 )
@@ -421,6 +425,53 @@ def test_a_column_that_claims_to_be_huge_costs_nothing(size: int, tmp_path: Path
 
     with pytest.raises(DamagedCache, match="column x lacks chunks"):
         read_forged(tmp_path / "x.h5", huge)
+
+
+def test_columns_that_inflate_to_far_more_than_the_file_are_refused_by_reader_and_writer(tmp_path: Path) -> None:
+    size = 20 << 20  # 40 MB of zeros
+
+    def bomb(file: h5py.File) -> None:
+        column, chunk = add_column(file, "x", size=size), zlib.compress(bytes(2 * CHUNK))
+        for start in range(0, size, CHUNK):
+            column.id.write_direct_chunk((start,), chunk)
+
+    with pytest.raises(DamagedCache, match=r"its columns claim 41,943,040 bytes, expected at most"):
+        read_forged(tmp_path / "x.h5", bomb)
+    with pytest.raises(RunError, match="a shard's 41,943,040 bytes of columns compress to .* lower cache.samples_per"):
+        shard_bytes(FIELDS, {"x": np.zeros(size, "<u2")})
+
+
+def test_an_image_that_no_reader_would_take_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "LARGEST_IMAGE", 1000)
+    with pytest.raises(RunError, match="a shard takes .* bytes, more than 1,000; lower cache.samples_per_shard"):
+        shard_bytes(FIELDS, SMALL)
+
+
+def test_a_header_that_has_no_room_is_not_cut() -> None:
+    with pytest.raises(RunError, match="a shard's header has no room for"):
+        shard_bytes({**FIELDS, "numerics": json.dumps({"attn_implementation": "x" * 4000})}, SMALL)
+
+
+def test_numerics_are_in_the_header_only_where_they_are_not_the_caches(tmp_path: Path) -> None:
+    path = tmp_path / "shard.h5"
+    path.write_bytes(shard_bytes({**FIELDS, "numerics": '{"device":"cuda"}'}, SMALL))
+    assert read_header(path).numerics == '{"device":"cuda"}'
+    assert shard_bytes({**FIELDS, "numerics": ""}, SMALL) == shard_bytes(FIELDS, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "it is a web page"),
+        (b"\n <html>" + bytes(5000), "it is a web page"),
+    ],
+)
+def test_what_a_download_left_in_a_shards_place_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "shard.h5"
+    path.write_bytes(content)
+    with pytest.raises(DamagedCache, match=words):
+        read_header(path)
 
 
 def test_a_damaged_image_with_a_right_hash_is_refused_or_reads(good: Path, tmp_path: Path) -> None:

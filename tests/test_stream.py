@@ -12,7 +12,8 @@ import pytest
 from accel_distill.config import DatasetConfig
 from accel_distill.deal import Layout
 from accel_distill.errors import CacheMismatch, ConfigError
-from accel_distill.stream import OpenShard, TextHash, TextStream, Walk, _identity_of, hash_texts
+from accel_distill.stream import OpenShard, TextStream, Walk, _identity_of
+from accel_distill.text_hash import TextHash, hash_texts
 
 BOTH = pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "not streaming"])
 Committed = dict[tuple[int, int], tuple[int, str]]

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from layout_run import deepspeed_settings
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill.cache import TeacherCache
 from accel_distill.collator import CachedLogitCollator
-from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.config import LossConfig, RunConfig, resolved_yaml
+from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import main, split_items, train, training_arguments
+from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -71,8 +74,8 @@ def configured(run: Path, output_dir: Path, **changes: dict[str, Any]) -> RunCon
         },
     }
     merged = {name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
-    cache = merged.pop("cache", {}).get("path", run / "cache")
-    return run_config(run / "teacher", run / "texts.jsonl", cache, **merged)
+    path = merged.get("cache", {}).get("path", run / "cache")
+    return run_config(run / "teacher", run / "texts.jsonl", path, **merged)
 
 
 def results(output_dir: Path) -> dict[str, Any]:
@@ -140,6 +143,45 @@ def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Pat
     assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
 
 
+WITHOUT_COMPILING = """
+import sys
+import deepspeed
+from accel_distill.train import main
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_zero3_asked_for_in_the_run_file_starts_and_ends_with_the_weights_of_one_process(
+    run: Path, tmp_path: Path
+) -> None:
+    plain = {"optim": "sgd", "learning_rate": 0.5}
+    expected = train(configured(run, tmp_path / "one", training=plain))
+    deepspeed = deepspeed_settings(3)
+    training = plain | {"per_device_train_batch_size": 2, "deepspeed": deepspeed}
+    for name, changes in [
+        ("scratch", {}),
+        ("pretrained", {"student": {"config": None, "model": str(tmp_path / "one")}}),
+    ]:
+        settings = training if name == "scratch" else training | {"learning_rate": 0.0, "max_steps": 1}
+        config = configured(run, tmp_path / name, training=settings, **changes)
+        (tmp_path / f"{name}.yaml").write_text(resolved_yaml(config))
+        (tmp_path / "main.py").write_text(WITHOUT_COMPILING)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "main.py")]
+        command = [sys.executable, *launch, "--config", str(tmp_path / f"{name}.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = results(tmp_path / name)
+        assert (found["world_size"], found["distributed_type"]) == (2, "DEEPSPEED")
+        assert found["eval_kl"] == pytest.approx(expected["eval_kl"], rel=1e-5)
+        one = load_file(tmp_path / "one" / "model.safetensors")
+        two = load_file(tmp_path / name / "model.safetensors")
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-5)
+
+
 def test_a_student_that_is_the_teacher_has_its_cross_entropy_and_almost_no_kl(run: Path, tmp_path: Path) -> None:
     teacher = {"config": None, "model": str(run / "teacher")}
     metrics = train(configured(run, tmp_path, student=teacher, training={"learning_rate": 0.0, "max_steps": 1}))
@@ -161,6 +203,25 @@ def test_temperature_and_method_are_taken_from_the_cache(run: Path, tmp_path: Pa
     metrics = train(configured(run, tmp_path / "out", **changes | {"targets": {}}))
     assert metrics["eval_positions"] > 50
     assert abs(metrics["eval_kl"]) < 1e-3  # another temperature or divergence gives the teacher more than 0.1
+
+
+def test_a_top_k_cache_allows_other_divergences_and_the_run_file_has_to_say_top_k(run: Path, tmp_path: Path) -> None:
+    made: dict[str, dict[str, Any]] = {
+        "targets": {"method": "top_k", "top_k": 16},
+        "cache": {"path": tmp_path / "cache"},
+        "loss": {"divergence": "jsd", "jsd_beta": 0.3, "ce_weight": 0.1},
+    }
+    generate(configured(run, tmp_path, **made))
+    metrics = train(configured(run, tmp_path / "out", **made))
+    assert 0 < metrics["eval_kd"] < metrics["eval_kl"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_kd"] + 0.1 * metrics["eval_ce"])
+    with pytest.raises(ValidationError, match="jsd cannot be taken from threshold targets"):
+        configured(run, tmp_path / "out", **made | {"targets": {}})
+    with pytest.raises(CacheMismatch, match="targets.method is top_k, but the cache .* threshold"):
+        train(configured(run, tmp_path / "out", **made | {"cache": {}}))
+    pair = LossConfig(divergence="tvd"), TeacherCache(run / "cache")
+    with pytest.raises(ConfigError, match="section loss: tvd cannot be taken from threshold targets"):
+        objective(*pair)
 
 
 def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run: Path, tmp_path: Path) -> None:
@@ -397,3 +458,149 @@ def test_resume_true_goes_on_from_the_last_checkpoint_and_leaving_it_out_is_said
     assert "training starts anew" not in caplog.text
     train(configured(run, tmp_path / "out", training=training | {"max_steps": 1}))
     assert "training starts anew; to go on: training.resume_from_checkpoint=true" in caplog.text
+
+
+# ---- an incomplete cache, and checkpoints of other data
+
+
+def test_an_incomplete_cache_is_refused_or_trained_on_with_a_word(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(run / "cache", copy)
+    (copy / "manifest.json").unlink()
+    (copy / "shards" / shard_name(2, 1, 4)).unlink()
+    cache = {"path": copy}
+    with pytest.raises(CacheMismatch, match="it is not complete .* or train on what is there with cache.allow_partial"):
+        train(configured(run, tmp_path / "out", cache=cache))
+    metrics = train(configured(run, tmp_path / "out", cache=cache | {"allow_partial": True}))
+    assert f"is not complete: training uses the {SAMPLES - 4} of {SAMPLES} samples that are there now" in caplog.text
+    whole = TeacherCache(run / "cache").has_target
+    assert metrics["train_samples"] == sum(whole[HELD_OUT:]) - sum(whole[[17, 19, 21, 23]])
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of 2 steps of 4 samples."""
+    path = tmp_path_factory.mktemp("saved")
+    train(configured(run, path, training=SAVING))
+    return path / "checkpoint-2"
+
+
+def resumed(run: Path, output_dir: Path, checkpoint: Path, **changes: dict[str, Any]) -> RunConfig:
+    training = SAVING | {"max_steps": 4, "resume_from_checkpoint": str(checkpoint)} | changes.pop("training", {})
+    return configured(run, output_dir, training=training, **changes)
+
+
+def grown(run: Path, path: Path) -> Path:
+    """Copy the cache and let it grow: the same identity, more samples."""
+    shutil.copytree(run / "cache", path)
+    texts = write_jsonl(path.parent / "texts.jsonl", [story(n) for n in range(SAMPLES)])
+    (path / "manifest.json").unlink()
+    for shard in sorted((path / "shards").iterdir())[-3:]:
+        shard.unlink()
+    (path / "plan.json").write_text('{"max_samples": 32}')
+    generate(run_config(run / "teacher", texts, path, dataset={"max_samples": 32}))
+    return path
+
+
+def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path) -> None:
+    cache = TeacherCache(run / "cache")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["CheckpointRecord"]["args"] == {
+        "cache_id": cache.cache_id,
+        "samples": SAMPLES,
+        "content_sha256": cache.content_sha256,
+        "eval_samples": HELD_OUT,
+        "global_batch": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (
+            {"training": {"per_device_train_batch_size": 2}},
+            ConfigError,
+            "a step takes 2 samples in this run .* and took 4 in .*checkpoint-2",
+        ),
+        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 samples .* and took 4"),
+        (
+            {"dataset": {"eval_samples": 5, "max_samples": SAMPLES}},
+            ConfigError,
+            f"dataset.eval_samples is 5 in this run and {HELD_OUT} in",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_batch_or_split_is_refused_with_both_values(
+    run: Path,
+    tmp_path: Path,
+    checkpoint: Path,
+    changes: dict[str, dict[str, Any]],
+    error: type[RunError],
+    sentence: str,
+) -> None:
+    with pytest.raises(error, match=sentence):
+        train(resumed(run, tmp_path / "out", checkpoint, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_cache_is_refused_with_both_ids(run: Path, tmp_path: Path, checkpoint: Path) -> None:
+    other = {"cache": {"path": tmp_path / "cache"}, "targets": {"threshold": 0.1}}
+    generate(configured(run, tmp_path, **other))
+    ids = [TeacherCache(path).cache_id for path in (tmp_path / "cache", run / "cache")]
+    with pytest.raises(CacheMismatch, match=f"it is the cache {ids[0]}, and in .*checkpoint-2 it was {ids[1]}"):
+        train(resumed(run, tmp_path / "out", checkpoint, **other))
+
+
+def test_a_checkpoint_of_a_cache_with_other_samples_is_refused_with_both_numbers(
+    run: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    path = grown(run, tmp_path / "cache")
+    with pytest.raises(CacheMismatch, match=f"it has 32 samples, and in .*checkpoint-2 it was {SAMPLES}"):
+        train(resumed(run, tmp_path / "out", checkpoint, cache={"path": path}))
+
+
+def test_batch_and_accumulation_may_change_where_their_product_stays(
+    run: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train(resumed(run, tmp_path / "out", checkpoint, training=parts))["train_loss"] > 0
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from_with_a_word_and_saves_the_record(
+    run: Path, tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = shutil.copytree(checkpoint, tmp_path / "old" / "checkpoint-2")
+    state = json.loads((old / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["CheckpointRecord"]
+    (old / "trainer_state.json").write_text(json.dumps(state))
+    train(resumed(run, tmp_path / "out", old))
+    assert "does not say what it was trained on" in caplog.text
+    saved = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["CheckpointRecord"]["args"]["global_batch"] == 4
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"<html>"])
+def test_a_checkpoint_whose_state_cannot_be_read_is_one_sentence(
+    run: Path, tmp_path: Path, checkpoint: Path, content: bytes | None
+) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    (broken / "trainer_state.json").unlink()
+    if content is not None:
+        (broken / "trainer_state.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="trainer_state.json cannot be read .*; name another checkpoint"):
+        train(resumed(run, tmp_path / "out", broken))
+
+
+@pytest.mark.parametrize(("world_size", "global_batch"), [(1, 12), (2, 24), (8, 96)])
+def test_the_global_batch_counts_devices_accumulation_and_processes(
+    run: Path, tmp_path: Path, world_size: int, global_batch: int
+) -> None:
+    config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
+    arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
+    record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
+    assert record.global_batch == global_batch

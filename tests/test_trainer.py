@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,19 @@ from trainer_run import (
     tiny_llama,
     train,
 )
+from transformers import LlamaForCausalLM
 
 from accel_distill.cache import CachedSample
 from accel_distill.codec import Method
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.divergences import DIVERGENCES, Divergence
+from accel_distill.errors import RunError
+from accel_distill.fused_head import FullLogits, Ran
+from accel_distill.losses import Objective
 from accel_distill.targets import SparseTargets, concatenate
 
 HERE = Path(__file__).parent
-TIMES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time")  # what no two runs share
+TIMES = ("runtime", "per_second", "preparation_time", "memory_bytes")  # what no two runs share
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,7 +162,7 @@ def test_the_loss_and_its_gradient_are_those_of_dense_targets(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr("accel_distill.head_jobs.CHUNK", 7)  # several chunks, the last one short
     samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9), method=method, temperature=temperature)
     trainer = make_trainer(tmp_path, method=method, temperature=temperature, kd_weight=weights[0], ce_weight=weights[1])
     model, plain = trainer.model, tiny_llama(seed=1).double()
@@ -174,7 +180,7 @@ def test_the_loss_and_its_gradient_are_those_of_dense_targets(
 
 
 def test_evaluation_metrics_are_those_counted_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel_distill.trainer.CHUNK", 7)
+    monkeypatch.setattr("accel_distill.head_jobs.CHUNK", 7)
     samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9))
     student = tiny_llama(spread=0.3)
     with torch.no_grad():  # neither the teacher nor a stranger to it
@@ -286,6 +292,82 @@ def test_the_model_is_never_given_labels(tmp_path: Path, monkeypatch: pytest.Mon
     trainer.compute_loss(trainer.model, batch)
     trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
     assert seen == [{"input_ids", "attention_mask", "use_cache"}] * 2
+
+
+class Shifted(LlamaForCausalLM):
+    """A model whose logits are not what its head gives."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * torch.linspace(0.5, 2.0, output.logits.shape[-1])
+        return output
+
+
+def test_a_model_whose_head_cannot_be_fused_trains_through_its_own_logits_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(9))
+    model = Shifted(tiny_llama().config)
+    with caplog.at_level("WARNING", logger="accel_distill"):
+        trainer = make_trainer(tmp_path, model=model, train=samples, steps=2)
+        trainer.train()
+        metrics = trainer.evaluate(samples)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith("Shifted: the logits of all positions of a batch will exist at once")
+    assert "is off by" in said[0]
+    with torch.no_grad():
+        kd, ce = plain_sums(model, samples, 1.0)
+    assert metrics["eval_kl"] == pytest.approx(float(kd) / metrics["eval_positions"], rel=1e-5)
+    assert metrics["eval_ce"] == pytest.approx(float(ce) / metrics["eval_positions"], rel=1e-5)
+    batch = trainer.data_collator(samples)
+    model.zero_grad()
+    trainer.compute_loss(model, batch, num_items_in_batch=50).backward()
+    found = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    kd, ce = plain_sums(model, samples, 1.0)
+    ((0.7 * kd + 0.3 * ce) / 50).backward()
+    torch.testing.assert_close(found, model.lm_head.weight.grad, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_trains_from_top_k_targets_and_the_forward_kl_is_reported_beside_it(
+    divergence: Divergence, tmp_path: Path
+) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(16), method="top_k")
+    objective = Objective(kind="top_k", divergence=divergence)
+    trainer = make_trainer(tmp_path, objective=objective, train=samples, steps=8)
+    before = trainer.evaluate(samples)
+    trainer.train()
+    after = trainer.evaluate(samples)
+    assert after["eval_kd"] < 0.95 * before["eval_kd"]
+    assert before["eval_loss"] == before["eval_kd"]
+    assert (before["eval_kl"] == before["eval_kd"]) == (divergence == "forward_kl")
+    forward = make_trainer(tmp_path, objective=Objective(kind="top_k")).evaluate(samples)
+    assert before["eval_kl"] == pytest.approx(forward["eval_kl"], rel=1e-5)
+
+
+def test_every_step_logs_the_kl_the_teachers_floor_speed_and_memory(
+    one_process: tuple[dict[str, Tensor], list[dict[str, float]]],
+) -> None:
+    for log in [log for log in one_process[1] if "loss" in log]:
+        assert log["kl"] == log["kd"]
+        assert 0 < log["teacher_ce"] < 6 and log["positions_per_second"] > 0
+        assert 10**8 < log["peak_memory_bytes"] < 10**11
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_that_gives_the_student_no_gradient_ends_the_run(fused: bool, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, train=cached_samples(tiny_llama(spread=0.3), ragged_ids(8)), steps=1)
+    trainer._head = trainer._head if fused else FullLogits()
+    run = trainer._head.run
+
+    def cut(*args: Any, **named: Any) -> Ran:
+        ran = run(*args, **named)
+        return ran._replace(loss=ran.loss * 0.0)
+
+    trainer._head.run = cut
+    with pytest.raises(RunError, match="of the first step gave the student no gradient"):
+        trainer.train()
 
 
 def test_one_process_with_several_gpus_does_not_use_data_parallel(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def run_config(teacher: Path, data: Path | list[str], cache: Path, /, **changes:
             "eval_samples": 2,
         },
         "targets": {"threshold": 0.05},
-        "cache": {"path": cache, "samples_per_shard": 4, "lanes": 2},
+        "cache": {"path": cache, "samples_per_shard": 4, "lanes": 2, "min_free_disk": "10MB"},
     }
     return RunConfig.model_validate({name: values.get(name, {}) | changes.get(name, {}) for name in values | changes})
 

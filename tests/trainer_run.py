@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from accel_distill.cache import CachedSample
 from accel_distill.codec import Method
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.losses import Objective
 from accel_distill.processes import leave_processes
 from accel_distill.targets import concatenate, no_targets, read_logits, sample
 from accel_distill.trainer import DistillationTrainer
@@ -104,6 +105,7 @@ def make_trainer(
     train: list[CachedSample] | None = None,
     evaluation: list[CachedSample] | None = None,
     model: LlamaForCausalLM | None = None,
+    objective: Objective | None = None,
 ) -> DistillationTrainer:
     """Return a trainer of a tiny student on the CPU that logs every step and saves nothing."""
     arguments = TrainingArguments(
@@ -127,10 +129,7 @@ def make_trainer(
     return DistillationTrainer(
         model if model is not None else tiny_llama(seed=1),
         arguments,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        temperature=temperature,
-        target_method=method,
+        objective=objective or Objective(kd_weight, ce_weight, temperature, method),
         data_collator=CachedLogitCollator(pad_token_id=0),
         train_dataset=train,
         eval_dataset=evaluation,
