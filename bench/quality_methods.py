@@ -18,15 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from accel_distill.codec import Method, invert, rank_tokens
-from accel_distill.losses import (
-    Entries,
-    cross_entropy,
-    forward_kl,
-    segment_sum,
-    sparse_cross_entropy,
-    student_logprobs,
-    top_k_forward_kl,
-)
+from accel_distill.losses import Entries, Objective, cross_entropy, student_logprobs
 from accel_distill.rows import RowReader, Rows, encode_rows
 from accel_distill.shard import ShardHeader, shard_bytes
 from accel_distill.targets import SparseTargets, concatenate, read_logits, sample
@@ -36,37 +28,33 @@ from bench.quality_training import logits_of
 BINS = 15  # of equal width, for the expected calibration error, as the Trainer has them
 SHARD_BLOCKS = 512  # the first so many blocks of a text are encoded as one shard, to weigh it
 
-Divergence = Callable[[Tensor, Entries], Tensor]
 Losses = Callable[[Tensor, Tensor], Tensor]
 """From logits (P, V) of some blocks, and these blocks (n,), to a loss per position (P,)."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method of the comparison; without a sampler it learns from the true token or from the dense teacher."""
+    """One method of the comparison."""
 
     name: str
-    method: Method | None = None
-    parameter: float = 0.0
-    divergence: Divergence | None = None
+    objective: Objective
+    parameter: float = 0.0  # of the sampler; no meaning where targets are dense
+
+    @property
+    def method(self) -> Method | None:
+        """The sampler; None for a student that learns from the true token or from the dense teacher."""
+        return None if self.objective.kind == "dense" else self.objective.kind
 
 
-def renormalised(logits: Tensor, entries: Entries) -> Tensor:
-    """Return the cross-entropy of top-k targets whose weights are scaled to sum to 1, (P,): what many tools do."""
-    offsets, ids, weights = entries
-    sums = segment_sum(weights, offsets).repeat_interleave(offsets.diff(), output_size=len(ids))
-    return sparse_cross_entropy(logits, (offsets, ids, weights / sums))
-
-
-CE_ONLY = Arm("CE only")
-DENSE = Arm("dense KD")
-RANDOM = Arm("random N=50", "random", 50, sparse_cross_entropy)
-THRESHOLDS = tuple(Arm(f"threshold {t:g}", "threshold", t, sparse_cross_entropy) for t in (0.06, 0.03, 0.02))
+CE_ONLY = Arm("CE only", Objective(kind="dense", kd_weight=0.0, ce_weight=1.0))
+DENSE = Arm("dense KD", Objective(kind="dense"))
+RANDOM = Arm("random N=50", Objective(kind="random"), 50)
+THRESHOLDS = tuple(Arm(f"threshold {t:g}", Objective(kind="threshold"), t) for t in (0.06, 0.03, 0.02))
 ARMS = (
     CE_ONLY,
     DENSE,
-    Arm("top-12 renormalised", "top_k", 12, renormalised),
-    Arm("top-64 with tail bucket", "top_k", 64, top_k_forward_kl),
+    Arm("top-12 renormalised", Objective(kind="top_k", top_k_tail="renormalize"), 12),  # what many tools do
+    Arm("top-64 with tail bucket", Objective(kind="top_k"), 64),
     RANDOM,
     *THRESHOLDS,
 )
@@ -162,12 +150,11 @@ def _stored(targets: SparseTargets, ids: np.ndarray, *, ids_by_rank: np.ndarray)
 
 def losses_of(arm: Arm, text: TaughtText, targets: DrawnTargets | None) -> Losses:
     """Return the training loss of a method; `targets` are those that it draws, if it does."""
+    objective = arm.objective
     if targets is not None:
-        drawn, divergence = targets, arm.divergence
-        assert divergence is not None
-        return lambda logits, rows: divergence(logits, drawn.entries(rows))
+        return lambda logits, rows: objective.sparse(logits, text.labels(rows), targets.entries(rows)).kd
     if arm == DENSE:
-        return lambda logits, rows: forward_kl(logits, text.teacher_logits(rows))
+        return lambda logits, rows: objective.dense(logits, text.labels(rows), text.teacher_logits(rows)).kd
     return lambda logits, rows: cross_entropy(logits, text.labels(rows))
 
 
@@ -181,7 +168,8 @@ def examine(student: LlamaForCausalLM, text: TaughtText, *, at_once: int) -> dic
         logits, teacher, labels = logits_of(student, text.ids[rows]), text.teacher_logits(rows), text.labels(rows)
         confidence, top_id = student_logprobs(logits).max(dim=-1)
         confidence = confidence.exp()
-        values = [cross_entropy(logits, labels), forward_kl(logits, teacher), top_id == teacher.argmax(dim=-1)]
+        exact = DENSE.objective.dense(logits, labels, teacher)
+        values = [exact.ce, exact.kl, top_id == teacher.argmax(dim=-1)]
         sums += torch.stack([value.double().sum() for value in values]).cpu()
         in_bin = (confidence * BINS).long().clamp(max=BINS - 1)
         counted = torch.stack([torch.ones_like(confidence), confidence, top_id == labels], dim=1).double()
