@@ -120,9 +120,9 @@ def test_renormalised_top_12_is_the_teacher_cut_to_its_12_largest_and_scaled_to_
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)  # the cache's steps of 1/2048 nat
 
 
-@pytest.mark.parametrize("arm", [RANDOM, *THRESHOLDS], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [RANDOM, THRESHOLDS[0]], ids=lambda arm: arm.name)
 def test_the_gradient_of_a_drawn_target_has_the_dense_gradient_as_its_mean(arm: Any, text: TaughtText) -> None:
-    rows, draws = torch.tensor([3]), 400
+    rows, draws = torch.tensor([3]), 80
     logits = torch.zeros(BLOCK - 1, VOCAB, requires_grad=True)
     gradients = []
     for targets in (None, *(draw(arm, text, rows, seed=seed, at_once=1) for seed in range(draws))):
@@ -319,8 +319,8 @@ def test_the_gpu_preset_runs_at_another_size_and_keeps_its_teacher(
 def few_documents(names: tuple[str, ...], *, data: Path) -> tuple[list[str], list[str]]:
     """Stand for the corpora of the preset, of which it must name the three."""
     assert names == ("books", "stories", "python")
-    documents = [f"In the year {1800 + n} a ship of {n} men went out to sea and was not seen again." for n in range(60)]
-    return documents[:50], documents[50:]
+    documents = [f"In the year {1800 + n} a ship of {n} men went out to sea and was not seen again." for n in range(20)]
+    return documents[:16], documents[16:]
 
 
 def test_all_corpora_are_read(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
