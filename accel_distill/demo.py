@@ -119,7 +119,7 @@ def run_file(out: Path, sizes: Sizes) -> dict[str, Any]:
             "max_length": MAX_LENGTH,
         },
         "targets": {"method": "threshold", "threshold": 0.03},
-        "cache": {"path": str(out / "cache"), "samples_per_shard": 200},
+        "cache": {"path": str(out / "cache"), "samples_per_shard": 200, "min_free_disk": "100MB"},
         "student": {
             "config": {
                 "model_type": "llama",

@@ -21,6 +21,7 @@ from accel_distill.errors import RunError
 from accel_distill.manifest import scratch
 from accel_distill.publish import replace
 from accel_distill.reading import START, Mark, Reading
+from accel_distill.regular_file import read_regular
 from accel_distill.text_hash import Text, TextHash
 
 NAME = "hints.json"
@@ -40,8 +41,7 @@ class Hint:
 def read_hints(cache: Path) -> list[Hint]:
     """Return the hints of a cache, in order; none where there is no file, or not one of ours."""
     try:
-        with open(cache / NAME, "rb") as file:
-            hints = [Hint(**hint) for hint in json.loads(file.read(LARGEST))]
+        hints = [Hint(**hint) for hint in json.loads(read_regular(cache / NAME, limit=LARGEST))]
         return sorted((hint for hint in hints if hint.at > 0), key=lambda hint: hint.at)
     except (OSError, ValueError, TypeError, RecursionError):
         return []

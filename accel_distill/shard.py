@@ -160,8 +160,6 @@ class ShardFile:
         column = self._columns[name]
         size = column.chunks[0] * column.dtype.itemsize
         with _hdf5(self.path, f"column {name} cannot be read at {at}"):
-            if column.id.get_chunk_info_by_coord((at,)).size > self.header.payload_bytes:
-                raise _damaged(self.path, f"column {name}: the chunk at {at} claims to be larger than the file")
             mask, raw = column.id.read_direct_chunk((at,))
             inflater = zlib.decompressobj()
             data = inflater.decompress(raw, size + 1)

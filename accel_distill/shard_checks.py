@@ -144,8 +144,6 @@ def _check_top_k(targets: Arrays, parameter: float, ids: int) -> None:
     if (targets["head_count"] != min(int(parameter), ids)).any():
         raise ValueError(f"column head_count: not {min(int(parameter), ids)} ids at each position")
     values = targets["head_values"].reshape(len(targets["head_count"]), min(int(parameter), ids))
-    if (np.diff(values, axis=1) < 0).any():
-        raise ValueError("column head_values: probabilities that ascend, and the largest comes first")
     if (np.exp(values / -LOGPROB_STEPS).sum(axis=1) > 1 + TOLERANCE).any():
         raise ValueError("column head_values: probabilities that sum to more than 1")
 

@@ -24,7 +24,7 @@ from accel_distill.codec import invert, rank_tokens
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.manifest import Record, create, make_directories, write_manifest, write_plan
 from accel_distill.rows import Rows, encode_rows
-from accel_distill.shard import shard_bytes
+from accel_distill.shard import FORMAT, shard_bytes
 from accel_distill.shuffle import window_sampler
 from bench.proxy import Proxy, read_proxy
 
@@ -92,10 +92,17 @@ def make_cache(path: Path, proxy: Proxy, *, shards: int, repeat: int) -> None:
     ids_by_rank = rank_tokens(proxy.unigram_counts)
     ranks_sha256 = hashlib.sha256(ids_by_rank.tobytes()).hexdigest()
     identity = {
-        "teacher": {"vocab_size": len(ids_by_rank)},
+        "format": FORMAT,
+        "teacher": {"vocab_size": len(ids_by_rank), "dtype": "float32"},
         "tokenizer": {"size": len(ids_by_rank)},
-        "sequence": {"max_length": 2048},
-        "targets": {"method": "threshold", "parameter": proxy.threshold, "temperature": 1.0},
+        "dataset": {"name": "proxy", "config_name": None, "split": "train", "text_column": "text"},
+        "sequence": {
+            "max_length": 2048,
+            "long_documents": "truncate",
+            "add_special_tokens": True,
+            "append_eos": True,
+        },
+        "targets": {"method": "threshold", "parameter": proxy.threshold, "temperature": 1.0, "seed": 0},
         "layout": {"lanes": 1, "samples_per_shard": count, "ranks_sha256": ranks_sha256},
     }
     make_directories(path)

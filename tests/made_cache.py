@@ -30,6 +30,7 @@ class Row:
     targets: SparseTargets
     entropy: float
     logprob: float
+    left_out: tuple[int, ...] = ()  # positions without a target, as where a logit was not finite
 
 
 def make_record(path: Path, **changes: Any) -> Record:
@@ -122,6 +123,7 @@ def write_shards(record: Record, rows: Sequence[Row]) -> None:
             concatenate([no_targets(record.method, record.parameter), *(row.targets for row in mine)]),
             np.array([row.entropy for row in mine]),
             np.array([row.logprob for row in mine]),
+            {number: np.array(row.left_out) for number, row in enumerate(mine) if row.left_out},
         )
         record.shard_path(group, lane, samples).write_bytes(maker.encode(content))
 

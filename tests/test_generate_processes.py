@@ -14,6 +14,7 @@ from tiny import make_teacher, run_config, shard_files, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from accel_distill.cache import TeacherCache
+from accel_distill.codec import weight_scale
 from accel_distill.config import RunConfig, resolved_yaml
 from accel_distill.generate import generate
 from accel_distill.tokens import load_tokenizer
@@ -106,8 +107,9 @@ def test_a_real_cache_agrees_with_its_tokenizer_and_its_teacher(
         probs = model(input_ids=sample.input_ids[None]).logits[0, :-1].double().softmax(-1)
         weights = sample.targets.to_dense(cache.vocab_size)
         large = probs >= 0.03 + 1e-4
-        assert ((weights - probs).abs()[large] <= 1 / 512 + 1e-5).all()
-        assert ((weights - 1 / 512)[~large] <= 0.06).all()
+        step = 1 / weight_scale("threshold", 0.03)
+        assert ((weights - probs).abs()[large] <= step + 1e-5).all()
+        assert ((weights - step)[~large] <= 0.06).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)), rtol=0, atol=1e-6)
         positions += len(weights)
     assert positions > 5000

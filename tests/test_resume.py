@@ -1,19 +1,95 @@
-"""The measurement of going on runs, and with a hint less is read."""
+"""Training goes on in the middle of its second epoch, on two processes and on one, as if it had never stopped."""
 
-import re
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
 
-from bench import resume
+from accel_distill.config import RunConfig, resolved_yaml
+from accel_distill.generate import generate
+from accel_distill.train import train
+
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+STEPS, SAVED = 8, 6  # 4 steps are an epoch of 32 samples; the run is saved in the middle of the second
 
 
-def test_it_prints_the_seconds_of_both_ways(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["resume.py", "--samples", "20000"])
-    resume.main()
-    first, second = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"20,000 samples, \d MB of JSONL, 16 shards there", first)
-    seconds = re.fullmatch(r"resume with a hint ([\d.]+) s, without ([\d.]+) s", second)
-    assert seconds and all(float(figure) > 0 for figure in seconds.groups())
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a complete cache of 36 samples in 9 shards, and a run of 2 processes from it."""
+    path = tmp_path_factory.mktemp("resume")
+    make_teacher(path / "teacher", vocab=len(make_tokenizer()))
+    texts = [story(n) for n in range(60) if story(n)][:36]
+    write_jsonl(path / "texts.jsonl", texts)
+    generate(configured(path, path / "none"))
+    launched(configured(path, path / "whole"), path)
+    return path
+
+
+def configured(run: Path, output_dir: Path, **training: Any) -> RunConfig:
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "save_steps": SAVED,
+    }
+    return run_config(
+        run / "teacher",
+        run / "texts.jsonl",
+        run / "cache",
+        dataset={"max_samples": 36, "eval_samples": 4},
+        student={"config": SIZES},
+        training=settings | training,
+    )
+
+
+def launched(config: RunConfig, path: Path) -> None:
+    """Run the command on two processes."""
+    (path / "run.yaml").write_text(resolved_yaml(config))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "accel_distill.train", "--config", str(path / "run.yaml")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def largest_difference(run: Path, one: str, other: str) -> float:
+    """The largest difference of a weight, by the largest weight."""
+    left, right = (load_file(run / name / "model.safetensors") for name in (one, other))
+    largest = max(float(weight.abs().max()) for weight in left.values())
+    return max(float((left[name] - right[name]).abs().max()) for name in left) / largest
+
+
+def test_two_processes_go_on_exactly(run: Path) -> None:
+    checkpoint = f"whole/checkpoint-{SAVED}"
+    assert (run / "whole" / f"checkpoint-{STEPS}").is_dir()
+    assert largest_difference(run, "whole", checkpoint) > 1e-3
+    launched(configured(run, run / "two", resume_from_checkpoint=str(run / checkpoint)), run)
+    assert largest_difference(run, "whole", "two") == 0
+
+
+def test_one_process_goes_on_with_the_same_samples_in_each_step(run: Path) -> None:
+    checkpoint = str(run / "whole" / f"checkpoint-{SAVED}")
+    train(configured(run, run / "one", resume_from_checkpoint=checkpoint, gradient_accumulation_steps=2))
+    assert largest_difference(run, "whole", "one") < 1e-5

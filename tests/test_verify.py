@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_cache import make_cache, make_rows, write_shards
 from tiny import make_teacher, run_config, shard_files, story, write_jsonl
 
+from accel_distill.cache import TeacherCache
 from accel_distill.codec import Method
 from accel_distill.deal import shard_name
 from accel_distill.errors import ConfigError
@@ -48,6 +50,14 @@ def test_pieces_of_split_documents_are_one_sample(tmp_path: Path) -> None:
     make_cache(tmp_path, make_rows(SPLIT), long_documents="split")
     found = verify_cache(tmp_path, deep=True)
     assert (found["ok"], found["samples"], found["sequences"]) == (True, 8, 14)
+
+
+def test_positions_left_out_for_a_logit_that_was_not_finite_are_no_damage(tmp_path: Path) -> None:
+    rows = make_rows(LENGTHS)
+    rows[4] = replace(rows[4], targets=rows[4].targets.position_slice(1, 16), left_out=(0,))
+    make_cache(tmp_path, rows)
+    assert verify_cache(tmp_path, deep=True)["ok"]
+    assert TeacherCache(tmp_path)[4].target_mask.tolist() == [False] + [True] * 15 + [False]
 
 
 def test_a_sample_in_two_pieces_where_none_is_split_is_damage(tmp_path: Path) -> None:

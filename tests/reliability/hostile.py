@@ -20,10 +20,10 @@ import h5py
 import numpy as np
 from made_cache import PARAMETERS, Row, make_cache, make_record, make_rows, write_shards
 
-from accel_distill.codec import weight_scale
+from accel_distill.codec import tail_counts, weight_scale
 from accel_distill.manifest import Record, read_record, write_manifest, write_plan
 from accel_distill.shard import CHUNK, FORMAT, HEADER_BYTES, ShardFile, read_header, shard_bytes
-from accel_distill.targets import SparseTargets
+from accel_distill.targets import SparseTargets, concatenate
 
 LENGTHS = [[9], [0], [1], [2], [17], [5], [0], [30], [3], [8], [4], [12], [6]]  # 13 samples
 SETTINGS: dict[str, Any] = {"lanes": 2, "samples_per_shard": 3, "vocab": 50, "tokenizer_size": 48}
@@ -219,7 +219,9 @@ def and_also(name: str, add: Callable[[h5py.File, str], object]) -> Callable[[h5
 # ---- values that no teacher can have said, in columns that fit each other
 
 
-def rows_changed(change: Callable[[Row], Row], *, settings: dict[str, Any] | None = None) -> Callable[[Record], object]:
+def rows_changed(
+    change: Callable[[Row], Row], *, settings: dict[str, Any] | None = None, fields: dict[str, Any] | None = None
+) -> Callable[[Record], object]:
     """Return a kind whose sample 4, of 17 tokens, is changed before everything is encoded and hashed."""
 
     def make(record: Record) -> None:
@@ -232,8 +234,39 @@ def rows_changed(change: Callable[[Row], Row], *, settings: dict[str, Any] | Non
         write_plan(path, max_samples=None)
         write_shards(made, rows)
         write_manifest(made, total=len(LENGTHS), stream_end="exhausted")
+        if fields:
+            reforge(made, fields=fields)
 
     return make
+
+
+def without_a_target(row: Row) -> Row:
+    """Leave out the target of position 3, as where a logit is not finite."""
+    parts = [row.targets.position_slice(0, 3), row.targets.position_slice(4, len(row.targets))]
+    return replace(row, targets=concatenate(parts), left_out=(3,))
+
+
+def many_heads(arrays: dict[str, np.ndarray]) -> None:
+    """Give the first position 21 heads of weight 1, where at most 20 ids can have a probability of 0.05."""
+    tails = int(tail_counts(PARAMETERS["threshold"])[TOTAL - 21])
+    rest, tail_rest = int(arrays["head_count"][0]), int(arrays["tail_count"][0])
+    arrays["head_ids"] = np.concatenate([np.arange(21), arrays["head_ids"][rest:]])
+    arrays["head_values"] = np.concatenate([np.ones(21, np.int64), arrays["head_values"][rest:]])
+    arrays["tail_ids"] = np.concatenate([np.arange(21, 21 + tails), arrays["tail_ids"][tail_rest:]])
+    arrays["head_count"][0], arrays["tail_count"][0] = 21, tails
+
+
+def a_head_less(arrays: dict[str, np.ndarray]) -> None:
+    """Take the last head id of the first position away."""
+    last = int(arrays["head_count"][0]) - 1
+    for name in ("head_ids", "head_values"):
+        arrays[name] = np.delete(arrays[name], last)
+    arrays["head_count"][0] = last
+
+
+def drawn_elsewhere(arrays: dict[str, np.ndarray]) -> None:
+    """Move a draw from one tail id of the first position to the other."""
+    arrays["tail_values"][:2] = 0, 2
 
 
 def with_ids(ids: Sequence[int]) -> Callable[[Row], Row]:
@@ -493,6 +526,21 @@ VALUES: dict[str, Kind] = {
     "a header with more cut samples": Kind(
         lambda record: reforge(record, fields={"truncated": 4}), "its header says 4 truncated samples", deep=True
     ),
+    "a header with fewer rows without target": Kind(
+        lambda record: reforge(record, fields={"untargeted": 0}), "its header says 0 rows without target", deep=True
+    ),
+    "a row that is longer than a row can be": Kind(
+        rows_changed(lambda row: row, settings={"max_length": 16}), "and max_length (is|allows)"
+    ),
+    "a position left out where all logits were finite": Kind(
+        rows_changed(without_a_target, fields={"nonfinite": 0}), "column target_mask leaves out positions"
+    ),
+    "more heads than can reach the threshold": Kind(
+        rows_changed(with_targets(many_heads)), "column head_count: 21, and at most 20 ids reach the threshold"
+    ),
+    "a head less than k": Kind(
+        rows_changed(with_targets(a_head_less), settings={"method": "top_k"}), "column head_count: not 3 ids"
+    ),
     "a sample of another shard": Kind(value("sample_index", 1, 3), "sample_index does not hold the samples"),
     "a sample twice": Kind(value("sample_index", 1, 0), "sample_index does not hold the samples"),
     "samples in another order": Kind(
@@ -526,7 +574,7 @@ VALUES: dict[str, Kind] = {
         rows_changed(with_targets(at("head_values", 0, 19)), settings={"method": "random"}), "21 draws at a position"
     ),
     "an id that was never drawn": Kind(
-        rows_changed(with_targets(at("tail_values", 0, 0)), settings={"method": "random"}), "never drawn"
+        rows_changed(with_targets(drawn_elsewhere), settings={"method": "random"}), "never drawn"
     ),
     "probabilities that sum to more than 1": Kind(
         rows_changed(

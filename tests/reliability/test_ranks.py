@@ -35,7 +35,7 @@ def test_a_rank_that_is_killed_stops_the_others_with_a_sentence_that_names_it(
     victim: int, place: Place, tmp_path: Path
 ) -> None:
     cache, run_file = tmp_path / "cache", place.run_file(tmp_path)
-    with running(Run(run_file, 4, faults=dict.fromkeys(range(4), Slow(3600.0 if victim else 1.0)))) as run:
+    with running(Run(run_file, 4, faults=dict.fromkeys(range(4), Slow(3600.0)))) as run:
         while not list((cache / ".tmp").glob("*-3") if cache.is_dir() else []):
             time.sleep(0.02)
         time.sleep(1.0)

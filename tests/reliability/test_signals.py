@@ -20,12 +20,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("signals"))
 
 
-def wait_for_work(cache: Path) -> None:
-    """Wait until the ranks are past the opening of the cache."""
+def wait_for_work(cache: Path, world_size: int) -> None:
+    """Wait until every rank is past the opening of the cache."""
     end = time.monotonic() + 60
-    while not list((cache / ".tmp").glob("*-0") if cache.is_dir() else []):
+    while len(at_work(cache)) < world_size:
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def at_work(cache: Path) -> list[Path]:
+    """Return the files of the ranks that count."""
+    files = (cache / ".tmp").glob("*-[0-9]") if cache.is_dir() else []
+    return [file for file in files if b'"pid"' in file.read_bytes()]
 
 
 @pytest.mark.slow
@@ -40,7 +46,7 @@ def test_a_signal_ends_every_rank_in_seconds_with_its_status_and_one_sentence(
     for _ in range(3):
         world_size = choice.choice([1, 2, 3])
         with running(Run(run_file, world_size, faults=dict.fromkeys(range(world_size), Slow(0.1)))) as run:
-            wait_for_work(cache)
+            wait_for_work(cache, world_size)
             time.sleep(choice.uniform(0.0, 0.5))
             for rank in run.ranks:
                 os.kill(rank.pid or 0, number)
@@ -53,6 +59,8 @@ def test_a_signal_ends_every_rank_in_seconds_with_its_status_and_one_sentence(
         ]
         assert "Traceback" not in "".join(map(run.said, range(world_size)))
         assert not [path for path in (cache / ".tmp").iterdir() if "-" not in path.name], "a temporary file is left"
+        for path in (cache / ".tmp").iterdir():
+            path.unlink()  # why each rank stopped
     assert Run(run_file, 2).wait() == [0, 0]
     assert kept(cache) == place.whole
 
@@ -60,7 +68,7 @@ def test_a_signal_ends_every_rank_in_seconds_with_its_status_and_one_sentence(
 @pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_disk(place: Place, tmp_path: Path) -> None:
     with running(Run(place.run_file(tmp_path), 1, faults={0: SlowDisk()})) as run:
-        wait_for_work(tmp_path / "cache")
+        wait_for_work(tmp_path / "cache", 1)
         time.sleep(1.0)
         os.kill(run.ranks[0].pid or 0, signal.SIGINT)
         time.sleep(1.0)
@@ -73,7 +81,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_disk(place: Place, tmp_path: Path
 @pytest.mark.slow
 def test_a_rank_that_waits_where_no_python_runs_ends_all_the_same(place: Place, tmp_path: Path) -> None:
     with running(Run(place.run_file(tmp_path), 1, faults={0: Stuck()})) as run:
-        wait_for_work(tmp_path / "cache")
+        wait_for_work(tmp_path / "cache", 1)
         time.sleep(1.0)
         os.kill(run.ranks[0].pid or 0, signal.SIGTERM)
         assert run.wait(SECONDS) == [143]
@@ -83,7 +91,7 @@ def test_a_rank_that_waits_where_no_python_runs_ends_all_the_same(place: Place, 
 @pytest.mark.slow
 def test_a_rank_that_waits_where_no_python_runs_ends_when_another_dies(place: Place, tmp_path: Path) -> None:
     with running(Run(place.run_file(tmp_path), 2, faults={0: Stuck(), 1: Slow(3600.0)})) as run:
-        wait_for_work(tmp_path / "cache")
+        wait_for_work(tmp_path / "cache", 2)
         time.sleep(1.0)
         os.kill(run.ranks[1].pid or 0, signal.SIGKILL)
         assert run.wait(2 * SECONDS) == [1, -9]
