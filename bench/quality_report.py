@@ -1,8 +1,8 @@
 """What the runs of the quality experiment say: a table, paired differences, a verdict, a plot.
 
 The one decision: methods are compared in pairs, seed by seed, since runs of one seed share their first weights and
-their order of data: the difference of two methods spreads far less over seeds than either of them. It needs runs of
-the same seeds; a seed that lacks one of the two methods is left out of that comparison.
+their order of data: what a seed does to all methods alike cancels. It needs runs of the same seeds; a seed that lacks
+one of the two methods is left out of that comparison.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
