@@ -127,8 +127,9 @@ def plot(runs: Sequence[Run], path: Path, *, title: str) -> None:
                 values = [a[key] - b[key] for a, b in pairs]
                 _point(axes, of[arm.name], values, color=_color(arm.name), label=None)
                 at = of[arm.name][0]["bytes_per_position"], fmean(values)
-                below = arm == RANDOM  # thresholds lie close above it
-                axes.annotate(arm.name, at, xytext=(6, -12 if below else 6), textcoords="offset points", fontsize=8)
+                left = arm != RANDOM  # which lies to the right of the threshold that it is compared with
+                offset, side = ((-6, -3), "right") if left else ((6, 4), "left")
+                axes.annotate(arm.name, at, xytext=offset, textcoords="offset points", ha=side, fontsize=8)
     for axes, ticks in ((whole, [5, 10, 20, 50, 100, 200]), *((axes, [5, 10, 20, 50]) for axes in close)):
         axes.set(xscale="log", xlabel="bytes per position, without input_ids")
         axes.minorticks_off()
