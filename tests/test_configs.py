@@ -62,7 +62,7 @@ def test_a_preset_says_what_it_takes_as_the_table_of_sizes_does(path: Path) -> N
     assert config.dataset.max_length == PACKED
     assert config.dataset.config_name == ("default" if samples > 15_000_000 else "sample-10BT")
     assert f"packed to 2,048 tokens each:  {cell(samples * PACKED, 20, 20_000)}" in text
-    assert f"at a mean of 341 tokens each: {cell(samples * FINEWEB_MEAN, 20, 20_000)}" in text
+    assert f"at a mean of 650 tokens each: {cell(samples * FINEWEB_MEAN, 20, 20_000)}" in text
     assert text.count(f"--config configs/presets/{path.name}") == 3
 
 

@@ -29,9 +29,9 @@ def test_counts_and_durations_take_the_largest_unit() -> None:
 def test_a_row_multiplies_samples_length_bytes_and_speed() -> None:
     rows = table(18.0, 20_000.0).splitlines()
     assert len(rows) == 2 + len(USE_CASES) == 7
-    # 1 M x 2,048 = 2.048 G tokens: x 18 B = 36.9 GB, / 20,000 = 102,400 s = 1.19 days; 1 M x 341: 6.14 GB, 4.74 h
+    # 1 M x 2,048 = 2.048 G tokens: x 18 B = 36.9 GB, / 20,000 = 102,400 s = 1.19 days; 1 M x 650: 11.7 GB, 9.03 h
     assert rows[4] == (
-        "| small | 1,000,000 | 2.05 G tokens: 36.9 GB, 1.19 days | 341 M tokens: 6.14 GB, 4.74 h | 786 GB; 131 GB |"
+        "| small | 1,000,000 | 2.05 G tokens: 36.9 GB, 1.19 days | 650 M tokens: 11.7 GB, 9.03 h | 786 GB; 250 GB |"
     )
 
 
