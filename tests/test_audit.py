@@ -13,12 +13,13 @@ from tiny import make_teacher, run_config, story, write_jsonl
 from torch import Tensor
 from transformers import dynamic_module_utils
 
-from accel_distill.audit import audit, choose, finding, main, start_of
+from accel_distill.audit import MOST_IMPOSSIBLE, audit, choose, finding, main, start_of
 from accel_distill.cache import TeacherCache
+from accel_distill.codec import Method
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.errors import ConfigError
 from accel_distill.generate import generate
-from accel_distill.recomputed import identical_positions, moved_mass
+from accel_distill.recomputed import IMPOSSIBLE, identical_positions, impossible_ids, moved_mass
 from accel_distill.targets import SparseTargets
 from accel_distill.teacher import Teacher
 
@@ -65,6 +66,35 @@ def test_the_teacher_that_made_a_cache_makes_the_same_integers_again(
     assert figures["logprob_difference"] < 2e-3 and figures["entropy_difference"] < 2e-3  # 1/256 nat a row
     assert abs(figures["kl"]) < 5 * figures["kl_standard_error"] + 2e-3
     assert (figures["impossible_ids"], figures["changed"], figures["finding"]) == (0, [], None)
+
+
+def test_ids_that_top_k_keeps_are_not_too_improbable_however_sure_the_teacher_is(place: Path, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "teacher", spread=1.0)
+    targets = {"method": "top_k", "top_k": 64, "temperature": 0.3}
+    generate(run_config(tmp_path / "teacher", place / "data.jsonl", tmp_path / "cache", targets=targets))
+    weights = torch.cat([sample.targets.entries()[2] for sample in TeacherCache(tmp_path / "cache")])
+    assert (weights < IMPOSSIBLE).float().mean() > 10 * MOST_IMPOSSIBLE
+    figures = found(tmp_path / "cache")
+    assert (figures["impossible_ids"], figures["finding"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "count"),
+    [
+        ("top_k", [0, 4259], 1),  # 1/8, in steps of 1/2048 nat
+        ("top_k", [0, 61440], 0),  # exp(-30), as it is
+        ("threshold", [3, 1], 1),
+        ("random", [3, 1], 1),
+        ("random", [4, 0], 0),
+    ],
+)
+def test_an_id_that_the_teacher_gives_no_chance_is_impossible_where_it_was_drawn_or_is_stored_as_probable(
+    method: Method, values: list[int], count: int
+) -> None:
+    numbers = ([2], [0, 1], values, [0], [], [])
+    arrays = (torch.tensor(array, dtype=torch.int64) for array in numbers)
+    target = SparseTargets(method, {"top_k": 2, "threshold": 0.5, "random": 4}[method], *arrays)
+    assert impossible_ids(torch.tensor([[0.0, -30.0, -30.0]]), target, temperature=1.0) == count
 
 
 def test_the_command_says_so_and_returns_0(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
