@@ -5,6 +5,7 @@ stand at the positions that they are read at. It costs the teacher's weights and
 """
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from accel_distill.manifest import differences
 from accel_distill.recomputed import IMPOSSIBLE, Comparison, Recomputer, nothing
 from accel_distill.teacher import Sampling, load_teacher, load_teacher_config
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
+
+log = logging.getLogger("accel_distill.audit")
+
+UNTRUSTED = "teacher.trust_remote_code=false"
 
 # The same teacher in bfloat16, in other batches, agrees at 97 to 99 % of the positions; what is found here is worse.
 LEAST_AGREEMENT = 0.9
@@ -52,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.config is None and arguments.cache.is_dir() and not run_file.exists():
             raise ConfigError(f"{run_file} is not there, and says which teacher; name a run file with --config FILE")
         cache = TeacherCache(arguments.cache, allow_partial=True)
-        config = load_config(run_file, arguments.overrides)
+        if arguments.config is None:
+            config = _of_the_cache(run_file, arguments.overrides)
+        else:
+            config = load_config(run_file, arguments.overrides)
         found = audit(cache, config, samples=arguments.samples, seed=arguments.seed)
         print(json.dumps(found, indent=1) if arguments.json else as_text(found))
         if found["finding"]:
@@ -102,6 +110,18 @@ def audit(cache: TeacherCache, config: RunConfig, *, samples: int, seed: int) ->
         "changed": changes,
         "finding": finding(figures, changes=changes),
     }
+
+
+def _of_the_cache(run_file: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load the run file that lies in a cache: whoever made the cache does not decide which code runs here."""
+    config = load_config(run_file, [UNTRUSTED, *overrides])
+    if load_config(run_file, overrides).teacher.trust_remote_code and not config.teacher.trust_remote_code:
+        log.warning(
+            "%s: its teacher.trust_remote_code is ignored, code that the teacher brings does not run; if you trust it, "
+            "say teacher.trust_remote_code=true",
+            run_file,
+        )
+    return config
 
 
 def _pinned(settings: TeacherConfig, *, commit: str | None) -> TeacherConfig:

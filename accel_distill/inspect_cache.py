@@ -2,7 +2,7 @@
 
 The one decision: counts and bytes are of the whole cache, from headers and the lengths of columns; what takes decoding
 is measured on a few shards (histograms.py). It needs neither torch nor transformers, and costs a hash of every shard
-(about 1 GB/s): what is damaged is said and not counted.
+(about 1 GB/s). A shard that is damaged is an error instead of figures that leave it out; `verify` lists all of them.
 """
 
 import json

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ID_BITS = 32  # of a number that is a position and an id
-IMPOSSIBLE = 1e-9  # probability: an id that the teacher gives less now cannot have been drawn by it
+IMPOSSIBLE = 1e-9  # probability: an id that the teacher gives less now cannot have been drawn by it ...
+IMPROBABLE = 1e-6  # ... but be one of its top k, which are not drawn; not with more than this, though
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Recomputer:
             target = cached.targets.position_slice(part.start, part.stop)
             there = logits[:, : self._valid_ids].float()
             kl += float(self._divergence(there, target).sum())
-            entries, impossible = entries + len(target.entries()[1]), impossible + self._impossible(there, target)
+            entries += len(target.entries()[1])
+            impossible += impossible_ids(there, target, temperature=self._sampling.temperature)
             again = self._sampled(logits, ids, wanted[part], cached.sample_index, start=start)
             tops.append(again.top)
             entropy, logprob = entropy + again.entropy, logprob + again.logprob
@@ -96,13 +98,6 @@ class Recomputer:
         objective = Objective(kind=self._sampling.method, temperature=temperature)
         seen = outcomes(logits, entries, temperature=temperature)
         return objective.from_outcomes(seen, entries, vocab_size=logits.shape[-1])[1] / temperature**2
-
-    def _impossible(self, logits: Tensor, target: SparseTargets) -> int:
-        """Return how many ids have a weight in the target and no chance at the teacher."""
-        offsets, ids, weights = (tensor.to(logits.device) for tensor in target.entries())
-        rows = torch.arange(len(target), device=logits.device).repeat_interleave(offsets.diff())
-        logprobs = student_logprobs(logits, temperature=self._sampling.temperature)[rows, ids]
-        return int(((logprobs < math.log(IMPOSSIBLE)) & (weights > 0)).sum())
 
     def _sampled(self, logits: Tensor, ids: Tensor, at: Tensor, index: int, *, start: int) -> "_Again":
         """Sample the targets of the positions `at` again; `logits` are consumed."""
@@ -137,6 +132,15 @@ class _Again:
     top: Tensor  # (n,)
     entropy: float
     logprob: float
+
+
+def impossible_ids(logits: Tensor, target: SparseTargets, *, temperature: float) -> int:
+    """Return how many ids of a target the teacher cannot have said; `logits` (n, V) are what it says now."""
+    offsets, ids, weights = (tensor.to(logits.device) for tensor in target.entries())
+    rows = torch.arange(len(target), device=logits.device).repeat_interleave(offsets.diff())
+    logprobs = student_logprobs(logits, temperature=temperature)[rows, ids]
+    least = IMPROBABLE if target.method == "top_k" else 0.0
+    return int(((logprobs < math.log(IMPOSSIBLE)) & (weights > least)).sum())
 
 
 def identical_positions(first: SparseTargets, second: SparseTargets) -> int:

@@ -159,6 +159,11 @@ def load_teacher_config(config: "TeacherConfig") -> "PretrainedConfig":
             config.model, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"teacher.model: {config.model} brings code of its own, which does not run unasked; if you trust it, "
+                "say teacher.trust_remote_code=true"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
 

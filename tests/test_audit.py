@@ -1,6 +1,8 @@
 """`accel-distill audit`: the teacher that made a cache is recognised, another one and shifted targets show at once."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ import pytest
 import torch
 from tiny import make_teacher, run_config, story, write_jsonl
 from torch import Tensor
+from transformers import dynamic_module_utils
 
-from accel_distill.audit import audit, choose, finding, main, start_of
+from accel_distill.audit import MOST_IMPOSSIBLE, audit, choose, finding, main, start_of
 from accel_distill.cache import TeacherCache
+from accel_distill.codec import Method
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.errors import ConfigError
 from accel_distill.generate import generate
-from accel_distill.recomputed import identical_positions, moved_mass
+from accel_distill.recomputed import IMPOSSIBLE, identical_positions, impossible_ids, moved_mass
 from accel_distill.targets import SparseTargets
 from accel_distill.teacher import Teacher
 
@@ -62,6 +66,35 @@ def test_the_teacher_that_made_a_cache_makes_the_same_integers_again(
     assert figures["logprob_difference"] < 2e-3 and figures["entropy_difference"] < 2e-3  # 1/256 nat a row
     assert abs(figures["kl"]) < 5 * figures["kl_standard_error"] + 2e-3
     assert (figures["impossible_ids"], figures["changed"], figures["finding"]) == (0, [], None)
+
+
+def test_ids_that_top_k_keeps_are_not_too_improbable_however_sure_the_teacher_is(place: Path, tmp_path: Path) -> None:
+    make_teacher(tmp_path / "teacher", spread=1.0)
+    targets = {"method": "top_k", "top_k": 64, "temperature": 0.3}
+    generate(run_config(tmp_path / "teacher", place / "data.jsonl", tmp_path / "cache", targets=targets))
+    weights = torch.cat([sample.targets.entries()[2] for sample in TeacherCache(tmp_path / "cache")])
+    assert (weights < IMPOSSIBLE).float().mean() > 10 * MOST_IMPOSSIBLE
+    figures = found(tmp_path / "cache")
+    assert (figures["impossible_ids"], figures["finding"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "count"),
+    [
+        ("top_k", [0, 4259], 1),  # 1/8, in steps of 1/2048 nat
+        ("top_k", [0, 61440], 0),  # exp(-30), as it is
+        ("threshold", [3, 1], 1),
+        ("random", [3, 1], 1),
+        ("random", [4, 0], 0),
+    ],
+)
+def test_an_id_that_the_teacher_gives_no_chance_is_impossible_where_it_was_drawn_or_is_stored_as_probable(
+    method: Method, values: list[int], count: int
+) -> None:
+    numbers = ([2], [0, 1], values, [0], [], [])
+    arrays = (torch.tensor(array, dtype=torch.int64) for array in numbers)
+    target = SparseTargets(method, {"top_k": 2, "threshold": 0.5, "random": 4}[method], *arrays)
+    assert impossible_ids(torch.tensor([[0.0, -30.0, -30.0]]), target, temperature=1.0) == count
 
 
 def test_the_command_says_so_and_returns_0(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +212,6 @@ def test_the_piece_of_a_split_document_starts_where_it_was_cut(place: Path, tmp_
 def test_an_incomplete_cache_can_be_audited_and_one_without_run_file_needs_one(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     copy = shutil.copytree(cache, tmp_path / "cache")
     (copy / "manifest.json").unlink()
     assert main([str(copy), "--samples", "3"]) == 0
@@ -188,6 +219,74 @@ def test_an_incomplete_cache_can_be_audited_and_one_without_run_file_needs_one(
     assert main([str(copy)]) == 2
     assert "run.yaml is not there, and says which teacher; name a run file with --config" in capsys.readouterr().err
     assert main([str(copy), "--samples", "3", "--config", str(run_file)]) == 0
+
+
+def with_code(cache: Path, path: Path, *, model_type: str) -> Path:
+    """Copy a cache, and let it bring a teacher with code, which its run file trusts."""
+    shutil.copytree(cache, path)
+    config = load_config(path / "run.yaml")
+    teacher = shutil.copytree(config.teacher.model, path / "t")
+    settings = json.loads((teacher / "config.json").read_text())
+    settings |= {"model_type": model_type, "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (teacher / "config.json").write_text(json.dumps(settings))
+    (teacher / "configuration_evil.py").write_text(
+        "from transformers import LlamaConfig\n"
+        f"open({str(path / 'marker')!r}, 'w').close()\n"
+        f"class EvilConfig(LlamaConfig):\n    model_type = {model_type!r}\n"
+    )
+    own = config.teacher.model_copy(update={"model": str(teacher), "trust_remote_code": True})
+    (path / "run.yaml").write_text(resolved_yaml(config.model_copy(update={"teacher": own})))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model_type", "status", "words", "asked"),
+    [
+        ("llama", 6, "its teacher.trust_remote_code is ignored", ["teacher.trust_remote_code=true"]),
+        (
+            "evil",
+            2,
+            "brings code of its own, which does not run unasked; if you trust it, say",
+            ["--config", "own.yaml"],
+        ),
+    ],
+)
+def test_code_that_a_cache_brings_runs_only_where_the_command_line_or_a_run_file_of_ones_own_says_so(
+    model_type: str,
+    status: int,
+    words: str,
+    asked: list[str],
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = with_code(cache, tmp_path / "cache", model_type=model_type)
+    marker = path / "marker"
+    shutil.copy(path / "run.yaml", tmp_path / "own.yaml")
+    monkeypatch.chdir(tmp_path)
+    for overrides in ([], ["teacher.trust_remote_code=false"]):
+        assert main([str(path), "--samples", "2", *overrides]) == status  # another config.json, or none without code
+        assert not marker.exists()
+    assert words in caplog.text + capsys.readouterr().err
+    main([str(path), "--samples", "2", *asked])
+    assert marker.exists()
+
+
+def test_code_beside_the_tokenizer_of_a_cache_does_not_run(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(cache, tmp_path / "cache")
+    settings = json.loads((path / "tokenizer" / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "tokenizer" / "tokenization_evil.py").write_text(f"open({str(path / 'marker')!r}, 'w').close()\n")
+    assert main([str(path), "--samples", "2"]) == 2
+    assert "no tokenizer can be loaded" in capsys.readouterr().err
+    assert not (path / "marker").exists()
 
 
 @pytest.mark.parametrize(

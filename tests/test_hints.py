@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_a_hint_before_a_text_that_changed_is_not_used(changed: int, cache: Path
 )
 def test_a_file_of_hints_that_is_no_such_file_is_as_none(content: str, cache: Path) -> None:
     (cache / NAME).write_text(content)
+    assert read_hints(cache) == []
+    assert start_late(cache, committed(10), layout=LAYOUT, read=reading_at(TEXTS)).index == 0
+
+
+@pytest.mark.parametrize("thing", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_hints_that_are_no_regular_file_are_as_none_and_not_waited_for(
+    thing: Callable[[Path], object], cache: Path
+) -> None:
+    thing(cache / NAME)
     assert read_hints(cache) == []
     assert start_late(cache, committed(10), layout=LAYOUT, read=reading_at(TEXTS)).index == 0
 

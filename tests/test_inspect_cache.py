@@ -76,6 +76,16 @@ def test_a_complete_cache_without_one_of_its_shards_is_damaged(cache, tmp_path, 
     assert "1 of 8 shards are gone (the first: group 1, lane 1)" in capsys.readouterr().err
 
 
+def test_a_damaged_shard_is_an_error_instead_of_figures(cache, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    shard = copy / "shards" / "shard-000001-001-4.h5"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert main([str(copy)]) == 6
+    said = capsys.readouterr()
+    assert "shard-000001-001-4.h5" in said.err and said.out == ""
+
+
 def test_the_distributions_are_those_of_the_samples(cache):
     found, samples = inspect_cache(cache)["distributions"], list(TeacherCache(cache))
     heads = [count for sample in samples for count in sample.targets.head_count.tolist()]
