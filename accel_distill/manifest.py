@@ -223,8 +223,8 @@ def shard_directory(path: Path) -> list[str]:
         ) from error
 
 
-def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
-    """Publish the manifest of a complete cache of `total` samples: the same bytes, whoever writes it."""
+def write_manifest(record: Record, *, total: int, stream_end: str) -> dict[str, Any]:
+    """Publish the manifest of a complete cache of `total` samples, and return it: the same bytes, whoever writes it."""
     shards = []
     for group, lane, samples in record.layout.shards(total):
         path = record.shard_path(group, lane, samples)
@@ -236,6 +236,7 @@ def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
     data = canonical_json(content)
     if not publish(data, target, scratch=scratch(record.path)) and target.read_bytes() != data:
         raise CacheMismatch(f"{target} is there and says something else; is another run writing to this cache?")
+    return content
 
 
 def manifest_entry(name: str, header: ShardHeader) -> dict[str, Any]:
@@ -275,6 +276,21 @@ def write_plan(path: Path, *, max_samples: int | None) -> None:
     replace(canonical_json({"max_samples": max_samples}), path / "plan.json", scratch=scratch(path))
 
 
+def is_outgrown(samples: int, stream_end: str | None, plan: Mapping[str, Any] | None) -> bool:
+    """Whether a cache of so many samples, which ended at a cap, is less than its plan: one that grew meanwhile."""
+    if plan is None or stream_end != "cap":
+        return False
+    return plan["max_samples"] is None or samples < plan["max_samples"]
+
+
+def read_complete(record: Record) -> dict[str, Any] | None:
+    """Return the manifest of a cache that has all of its plan, None while it has not."""
+    manifest = read_manifest(record)
+    if manifest and is_outgrown(manifest["samples"], manifest["stream_end"], read_plan(record.path)):
+        return None
+    return manifest
+
+
 def withdraw_manifest(path: Path) -> None:
     """Remove the manifest, durably, before a complete cache grows."""
     (path / "manifest.json").unlink(missing_ok=True)
@@ -282,9 +298,13 @@ def withdraw_manifest(path: Path) -> None:
 
 
 def remove_superseded(record: Record, total: int) -> list[str]:
-    """Delete the short shards of an earlier, smaller plan from a complete cache; return their names."""
-    wanted = set(record.layout.shards(total))
-    stale = sorted(listed_shards(record.path) - wanted)
+    """Delete the short shards that a longer one of a complete cache of `total` samples replaces; return their names.
+
+    Nothing else goes: what is longer, or further on, belongs to a run that lets the cache grow meanwhile.
+    """
+    there = listed_shards(record.path)
+    wanted = {shard[:2]: shard[2] for shard in record.layout.shards(total) if shard in there}
+    stale = sorted(shard for shard in there if shard[2] < wanted.get(shard[:2], 0))
     for shard in stale:
         record.shard_path(*shard).unlink(missing_ok=True)
     return [shard_name(*shard) for shard in stale]

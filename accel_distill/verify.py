@@ -23,6 +23,7 @@ from accel_distill.manifest import (
     Record,
     drift_sentences,
     drifted,
+    is_outgrown,
     listed_shards,
     read_manifest,
     read_plan,
@@ -76,7 +77,13 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
     record = read_record(path)
     problems: list[Problem] = []
     manifest, plan = (_read(read, name, problems) for name, read in _small_files(record))
-    there = listed_shards(path)
+    there, notes = listed_shards(path), []
+    if manifest and is_outgrown(manifest["samples"], manifest["stream_end"], plan):
+        planned = (plan or {}).get("max_samples") or "all"
+        notes = [
+            f"manifest.json is of {manifest['samples']:,} samples, plan.json of {planned}: not complete for its plan"
+        ]
+        manifest = None  # what it does not know is no damage
     if manifest:
         gone = {shard["name"] for shard in manifest["shards"]} - {shard_name(*shard) for shard in there}
         problems += [_missing(path / "shards" / name) for name in sorted(gone)]
@@ -91,7 +98,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
         **sums,
         "numerics": record.numerics,
         "drift": drifted(headers),
-        "notes": _notes(path, _superseded(there)),
+        "notes": notes + _notes(path, _superseded(there)),
         "problems": problems,
         "set_aside": _repair(path, problems) if repair else [],
     }
