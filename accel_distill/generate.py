@@ -19,13 +19,14 @@ from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
-from accel_distill.errors import CacheMismatch, ConfigError, RunError, exit_with
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError, exit_with
 from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
 from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
     Record,
     committed_shards,
+    is_gone,
     is_outgrown,
     listed_shards,
     read_complete,
@@ -260,7 +261,11 @@ class _Watch:
         if not self._progress.shown or time.monotonic() - self._looked < every:
             return
         for shard in listed_shards(self._record.path) - set(self._headers):
-            self._headers[shard] = read_header(self._record.shard_path(*shard))
+            try:
+                self._headers[shard] = read_header(self._record.shard_path(*shard))
+            except DamagedCache as error:
+                if not is_gone(error):
+                    raise
         longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
         positions = sum(header.positions for header in longest)
         size = sum(HEADER_BYTES + header.payload_bytes for header in longest)

@@ -168,15 +168,26 @@ def read_record(path: Path) -> Record:
 def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
     """List and check the shards that are there: (group, lane) to the header of its longest shard.
 
+    One that another run removes between the two, since a longer one replaces it, is not there.
     Raises DamagedCache for a broken header, CacheMismatch for a shard of another cache.
     """
     found: dict[tuple[int, int], ShardHeader] = {}
     for place in sorted(listed_shards(record.path)):
-        header = checked_header(record, record.shard_path(*place), place)
+        try:
+            header = checked_header(record, record.shard_path(*place), place)
+        except DamagedCache as error:
+            if is_gone(error):
+                continue
+            raise
         best = found.get(place[:2])
         if best is None or best.samples < header.samples:
             found[place[:2]] = header
     return found
+
+
+def is_gone(error: DamagedCache) -> bool:
+    """Whether a file could not be read because it is not there: listed, and then removed by another run."""
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def settled_shards(record: Record) -> list[dict[str, Any]]:

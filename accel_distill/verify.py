@@ -23,6 +23,7 @@ from accel_distill.manifest import (
     Record,
     drift_sentences,
     drifted,
+    is_gone,
     is_outgrown,
     listed_shards,
     read_manifest,
@@ -123,6 +124,8 @@ def _check_shards(
                 raise DamagedCache(f"shard {record.shard_path(*place)}: it is not in manifest.json; delete it")
             header, totals = check_shard(record, place, expected=entries.get(name), deep=deep)
         except (DamagedCache, CacheMismatch) as error:
+            if isinstance(error, DamagedCache) and is_gone(error) and name not in entries:
+                continue  # removed since it was listed: a longer one has replaced it
             problems.append(_problem(f"shards/{name}", error))
             continue
         if place not in superseded:

@@ -509,6 +509,22 @@ def test_a_run_does_not_wait_for_a_short_shard_that_a_larger_run_has_removed(
         generate(config(dataset={"max_samples": 5, "eval_samples": 0}))
 
 
+def test_a_short_shard_that_another_run_removes_while_it_is_looked_at_is_passed_over(
+    config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, asked = command.listed_shards, 0
+
+    def shown(path: Path) -> set[tuple[int, int, int]]:
+        nonlocal asked
+        asked += 1
+        return listed(path) | ({(0, 0, 1)} if asked > 1 else set())
+
+    monkeypatch.setattr(command, "listed_shards", shown)
+    assert generate(config())["samples"] == SAMPLES
+    assert asked > 2
+    assert everything(config().cache.path) == everything(fresh)
+
+
 def test_a_manifest_that_a_smaller_run_wrote_at_the_last_moment_gives_way(
     config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,15 @@ def test_a_smaller_total_removes_no_longer_shard_and_none_beyond_it(complete: Re
     assert listed_shards(complete.path) == before | {(1, 0, 1)}
 
 
+def test_a_shard_that_is_removed_between_its_listing_and_its_reading_is_not_there(
+    complete: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = listed_shards(complete.path)
+    monkeypatch.setattr("accel_distill.manifest.listed_shards", lambda _: listed | {(1, 0, 1)})
+    assert set(committed_shards(complete)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert committed_shards(complete)[1, 0].samples == 2
+
+
 def test_a_short_shard_stays_where_the_longer_one_is_not_there(complete: Record) -> None:
     assert remove_superseded(complete, 8) == []
     assert (1, 1, 1) in listed_shards(complete.path)
