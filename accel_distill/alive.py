@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel_distill.errors import RankStopped
+from accel_distill.errors import ConfigError, RankStopped, RunError
+from accel_distill.publish import told_errors
 
 LOOKS_TO_DIE = 12  # without a sign of life; a look is every BEAT seconds
 BEAT = 2.0
@@ -27,10 +28,11 @@ LONGEST_REASON = 1500  # characters
 
 
 def make_files(scratch: Path, run: str, *, world_size: int) -> None:
-    """Make the files of a run's ranks; for rank 0, before the others look."""
-    for rank in range(world_size):
-        with open(scratch / f"{run}-{rank}", "xb") as file:
-            file.write(_content({"beats": 0}))
+    """Make the files of a run's ranks; for rank 0, before the others look. Raises as `publish` for the disk."""
+    with told_errors(scratch, "a file for each rank was to be made"):
+        for rank in range(world_size):
+            with open(scratch / f"{run}-{rank}", "xb") as file:
+                file.write(_content({"beats": 0}))
 
 
 @dataclass
@@ -45,12 +47,15 @@ class Ranks:
     """The ranks of a run, as one of them (`rank`) sees the others and is seen by them."""
 
     def __init__(self, scratch: Path, run: str, *, rank: int, world_size: int) -> None:
-        """Take this rank's file. `run` names the run, as `make_files` was told."""
+        """Take this rank's file. `run` names the run, as `make_files` was told.
+
+        Raises ConfigError where this host does not see the file that rank 0 has made.
+        """
         self._scratch, self._run, self._rank = scratch, run, rank
         after = {(rank + (1 << n)) % world_size for n in range(world_size.bit_length())}
         self._seen = {other: _Seen() for other in sorted(after - {rank})}
         self._beats, self._has_failed = 0, False
-        self._file = os.open(self._path(rank), os.O_RDWR | os.O_CLOEXEC)
+        self._file = self._open()
         with contextlib.suppress(OSError):  # without locks the count alone is looked at
             fcntl.flock(self._file, fcntl.LOCK_EX)
         self.beat()
@@ -95,6 +100,19 @@ class Ranks:
 
     def _path(self, rank: int) -> Path:
         return self._scratch / f"{self._run}-{rank}"
+
+    def _open(self) -> int:
+        """Open this rank's file."""
+        try:
+            with told_errors(self._scratch, "a rank was to count in its file"):
+                return os.open(self._path(self._rank), os.O_RDWR | os.O_CLOEXEC)
+        except RunError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise ConfigError(
+                f"cache.path: host {socket.gethostname()} does not see in {self._scratch} what rank 0 has made there; "
+                "name a directory that all hosts of the run share"
+            ) from error
 
     def _write(self, said: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # what is amiss with the disk is told by who writes shards to it

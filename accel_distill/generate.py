@@ -40,7 +40,7 @@ from accel_distill.manifest import (
 from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
-from accel_distill.publish import replace, sync_directory, temporary_name
+from accel_distill.publish import replace, sync_directory, temporary_name, told_errors
 from accel_distill.reading import Reading
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
 from accel_distill.shard_writer import shard_writer
@@ -147,7 +147,7 @@ def _open(config: RunConfig, world: World, *, allow_numerics_drift: bool) -> tup
     replace(resolved_yaml(config).encode(), record.path / "run.yaml", scratch=scratch(record.path))
     headers = committed_shards(record)
     if headers:
-        sync_directory(record.path / "shards")  # who published may have died before that
+        _sync_shards(record)  # who published may have died before that
         samples = sum(header.samples for header in headers.values())
         log.info("already there: %s with %s samples", _count(len(headers), "shard"), f"{samples:,}")
     run = temporary_name(uuid.uuid4().hex)
@@ -299,10 +299,15 @@ def _finish(record: Record, walk: Walk, *, watch: _Watch, lookout: Lookout) -> d
         if missing:
             lookout.check()
     watch.look(every=0.0)
-    sync_directory(record.path / "shards")  # the manifest must not be there before what it names
+    _sync_shards(record)  # the manifest must not be there before what it names
     _refuse_outgrown(record, walk)
     _withdraw_if_outgrown(record)  # a smaller run may just have written its own
     return write_manifest(record, total=walk.total, stream_end=walk.stream_end or "")
+
+
+def _sync_shards(record: Record) -> None:
+    with told_errors(record.path / "shards", "the names of its shards were to be made durable"):
+        sync_directory(record.path / "shards")
 
 
 def _refuse_outgrown(record: Record, walk: Walk) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
 from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DamagedCache, DiskGuard
-from accel_distill.publish import publish, replace, sync_directory
+from accel_distill.publish import publish, replace, sync_directory, told_errors
 from accel_distill.record_checks import SUMMED, check_format, check_identity, check_manifest, check_plan, check_ranks
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
 from accel_distill.rows import row_columns
@@ -303,9 +303,10 @@ def read_complete(record: Record) -> dict[str, Any] | None:
 
 
 def withdraw_manifest(path: Path) -> None:
-    """Remove the manifest, durably, before a complete cache grows."""
-    (path / "manifest.json").unlink(missing_ok=True)
-    sync_directory(path)
+    """Remove the manifest, durably, before a complete cache grows. Raises as `publish` for the disk."""
+    with told_errors(path / "manifest.json", "it was to be removed"):
+        (path / "manifest.json").unlink(missing_ok=True)
+        sync_directory(path)
 
 
 def remove_superseded(record: Record, total: int) -> list[str]:
@@ -316,8 +317,9 @@ def remove_superseded(record: Record, total: int) -> list[str]:
     there = listed_shards(record.path)
     wanted = {shard[:2]: shard[2] for shard in record.layout.shards(total) if shard in there}
     stale = sorted(shard for shard in there if shard[2] < wanted.get(shard[:2], 0))
-    for shard in stale:
-        record.shard_path(*shard).unlink(missing_ok=True)
+    with told_errors(record.path / "shards", "shards that longer ones replace were to be removed"):
+        for shard in stale:
+            record.shard_path(*shard).unlink(missing_ok=True)
     return [shard_name(*shard) for shard in stale]
 
 

@@ -32,7 +32,7 @@ from accel_distill.manifest import (
     shard_directory,
     withdraw_manifest,
 )
-from accel_distill.publish import sync_directory
+from accel_distill.publish import sync_directory, told_errors
 from accel_distill.shard import HEADER_BYTES, ShardHeader
 from accel_distill.shard_checks import check_shard
 
@@ -171,21 +171,25 @@ def _state(found: dict[str, Any]) -> str:
 
 
 def set_aside(path: Path) -> str:
-    """Give a file the name NAME.bad, or NAME.bad2 and so on, durably, and never that of a file that is there."""
-    for number in itertools.count(1):
-        target = path.with_name(f"{path.name}.bad{number if number > 1 else ''}")
-        if os.path.lexists(target):
-            continue
-        try:
-            os.link(path, target, follow_symlinks=False)
-        except FileExistsError:
-            continue
-        except OSError:  # a directory, or a file system without hard links
-            os.rename(path, target)
-        else:
-            path.unlink()
-        sync_directory(path.parent)
-        return target.name
+    """Give a file the name NAME.bad, or NAME.bad2 and so on, durably, and never that of a file that is there.
+
+    Raises DiskGuard for a full or read-only disk, RunError where it may not be renamed.
+    """
+    with told_errors(path, "it was to be renamed"):
+        for number in itertools.count(1):
+            target = path.with_name(f"{path.name}.bad{number if number > 1 else ''}")
+            if os.path.lexists(target):
+                continue
+            try:
+                os.link(path, target, follow_symlinks=False)
+            except FileExistsError:
+                continue
+            except OSError:  # a directory, or a file system without hard links
+                os.rename(path, target)
+            else:
+                path.unlink()
+            sync_directory(path.parent)
+            return target.name
     raise AssertionError("counted to the end of all numbers")
 
 

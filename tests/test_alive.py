@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from accel_distill.alive import LOOKS_TO_DIE, Ranks, make_files
-from accel_distill.errors import RankStopped
+from accel_distill.errors import ConfigError, RankStopped
 
 
 def ranks(scratch: Path, world_size: int) -> list[Ranks]:
@@ -45,6 +45,13 @@ def test_a_rank_that_never_took_its_file_is_dead_after_so_many_looks(tmp_path: P
     first = Ranks(tmp_path, "host.1.run", rank=0, world_size=2)
     with pytest.raises(RankStopped, match=r"rank 1 \(process unknown on an unknown host\) has died"):
         look(first, LOOKS_TO_DIE + 2)
+
+
+def test_a_host_that_does_not_see_the_caches_directory_is_one_sentence(tmp_path: Path) -> None:
+    """Each host has a directory of that name of its own; rank 0 made the files in another one."""
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ConfigError, match=r"cache.path: host .* does not see in .*here what rank 0 .* all hosts"):
+        Ranks(tmp_path / "here", "host.1.run", rank=1, world_size=2)
 
 
 def test_where_locks_do_not_reach_a_rank_that_counts_on_is_alive(
