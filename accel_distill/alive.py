@@ -22,6 +22,7 @@ from accel_distill.errors import ConfigError, RankStopped, RunError
 from accel_distill.publish import told_errors
 
 LOOKS_TO_DIE = 12  # without a sign of life; a look is every BEAT seconds
+LOOKS_UNHELD = 25  # of a rank whose lock was never seen held: all depends on its count, which may come late
 BEAT = 2.0
 SIZE = 4096  # bytes, written whole and in place: it needs no room on a full disk
 LONGEST_REASON = 1500  # characters
@@ -41,6 +42,7 @@ class _Seen:
 
     content: bytes = b""
     looks: int = 0  # that found the same
+    was_held: bool = False  # so that locks do reach from there to here
 
 
 class Ranks:
@@ -74,8 +76,8 @@ class Ranks:
                 if "reason" in said:
                     raise RankStopped(said["reason"], exit_status=said["status"], is_told=True)
                 seen.looks = seen.looks + 1 if content == seen.content and not is_held else 0
-                seen.content = content
-                if seen.looks >= LOOKS_TO_DIE:
+                seen.content, seen.was_held = content, seen.was_held or is_held
+                if seen.looks >= (LOOKS_TO_DIE if seen.was_held else LOOKS_UNHELD):
                     raise RankStopped(
                         f"rank {other} (process {said.get('pid', 'unknown')} on {said.get('host', 'an unknown host')}) "
                         "has died; what was published is kept: run the same command again"
@@ -117,6 +119,7 @@ class Ranks:
     def _write(self, said: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # what is amiss with the disk is told by who writes shards to it
             os.pwrite(self._file, _content(said), 0)
+            os.fsync(self._file)  # over NFS the other hosts may see it only half a minute later otherwise
 
     def _read(self, rank: int) -> tuple[bytes, bool]:
         """Return what a rank's file says, and whether somebody holds it."""
