@@ -19,15 +19,19 @@ from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
-from accel_distill.errors import ConfigError, RunError, exit_with
+from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError, exit_with
 from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation
 from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
     Record,
     committed_shards,
+    is_gone,
+    is_outgrown,
     listed_shards,
+    read_complete,
     read_manifest,
+    read_plan,
     remove_superseded,
     scratch,
     withdraw_manifest,
@@ -36,7 +40,7 @@ from accel_distill.manifest import (
 from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
 from accel_distill.progress import Progress
-from accel_distill.publish import replace, sync_directory, temporary_name
+from accel_distill.publish import replace, sync_directory, temporary_name, told_errors
 from accel_distill.reading import Reading
 from accel_distill.run_plan import refuse_what_cannot_fit
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
@@ -92,7 +96,7 @@ def generate(
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
     with Lookout(ranks, space, rank=world.rank, stop=stop) as lookout:
-        manifest = read_manifest(record) or _make(config, record, world, committed=committed, lookout=lookout)
+        manifest = read_complete(record) or _make(config, record, world, committed=committed, lookout=lookout)
     if world.is_main:
         if stale := remove_superseded(record, manifest["samples"]):
             log.info("removed %s that longer ones replace", _count(len(stale), "short shard"))
@@ -152,7 +156,7 @@ def _open(
     replace(resolved_yaml(config).encode(), record.path / "run.yaml", scratch=scratch(record.path))
     headers = committed_shards(record)
     if headers:
-        sync_directory(record.path / "shards")  # who published may have died before that
+        _sync_shards(record)  # who published may have died before that
         samples = sum(header.samples for header in headers.values())
         log.info("already there: %s with %s samples", _count(len(headers), "shard"), f"{samples:,}")
     run = temporary_name(uuid.uuid4().hex)
@@ -172,10 +176,18 @@ def _pinned(config: RunConfig, record: Record) -> RunConfig:
 
 
 def _withdraw_if_incomplete(record: Record) -> None:
-    """Remove the manifest of a cache from which somebody deleted shards, so that they are made anew."""
+    """Remove the manifest of a cache from which somebody deleted shards, or of less than its plan: it is made whole."""
+    _withdraw_if_outgrown(record)
     manifest = read_manifest(record)
     if manifest and (gone := set(record.layout.shards(manifest["samples"])) - listed_shards(record.path)):
         log.warning("%s of the complete cache no longer there: made anew", _count(len(gone), "shard"))
+        withdraw_manifest(record.path)
+
+
+def _withdraw_if_outgrown(record: Record) -> None:
+    manifest = read_manifest(record)
+    if manifest and is_outgrown(manifest["samples"], manifest["stream_end"], read_plan(record.path)):
+        log.warning("manifest.json says %s samples, fewer than planned: withdrawn", f"{manifest['samples']:,}")
         withdraw_manifest(record.path)
 
 
@@ -258,7 +270,11 @@ class _Watch:
         if not self._progress.shown or time.monotonic() - self._looked < every:
             return
         for shard in listed_shards(self._record.path) - set(self._headers):
-            self._headers[shard] = read_header(self._record.shard_path(*shard))
+            try:
+                self._headers[shard] = read_header(self._record.shard_path(*shard))
+            except DamagedCache as error:
+                if not is_gone(error):
+                    raise
         longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
         positions = sum(header.positions for header in longest)
         size = sum(HEADER_BYTES + header.payload_bytes for header in longest)
@@ -271,7 +287,10 @@ class _Watch:
 
 
 def _finish(record: Record, walk: Walk, *, watch: _Watch, lookout: Lookout) -> dict[str, Any]:
-    """Wait until every shard is there, by whichever rank; write the manifest and return it."""
+    """Wait until every shard is there, by whichever rank; write the manifest and return it.
+
+    Raises CacheMismatch where another run has let the cache grow: then that run's manifest is the right one.
+    """
     wanted, last_new = set(record.layout.shards(walk.total)), time.monotonic()
     missing = wanted - listed_shards(record.path)
     while missing:
@@ -281,6 +300,7 @@ def _finish(record: Record, walk: Walk, *, watch: _Watch, lookout: Lookout) -> d
                 f"cache {record.path}: {len(missing)} of {len(wanted)} shards are missing ({names}, ...) and none came "
                 f"for {STALLED_AFTER:.0f} s; a rank must have died: run the same command again"
             )
+        _refuse_outgrown(record, walk)  # whose run may have removed what is waited for
         time.sleep(0.2)
         watch.look(every=LOOK_EVERY)
         if (still := wanted - listed_shards(record.path)) != missing:
@@ -288,11 +308,26 @@ def _finish(record: Record, walk: Walk, *, watch: _Watch, lookout: Lookout) -> d
         if missing:
             lookout.check()
     watch.look(every=0.0)
-    sync_directory(record.path / "shards")  # the manifest must not be there before what it names
-    write_manifest(record, total=walk.total, stream_end=walk.stream_end or "")
-    manifest = read_manifest(record)
-    assert manifest is not None
-    return manifest
+    _sync_shards(record)  # the manifest must not be there before what it names
+    _refuse_outgrown(record, walk)
+    _withdraw_if_outgrown(record)  # a smaller run may just have written its own
+    return write_manifest(record, total=walk.total, stream_end=walk.stream_end or "")
+
+
+def _sync_shards(record: Record) -> None:
+    with told_errors(record.path / "shards", "the names of its shards were to be made durable"):
+        sync_directory(record.path / "shards")
+
+
+def _refuse_outgrown(record: Record, walk: Walk) -> None:
+    """Raise CacheMismatch where the plan has grown beyond what this run makes."""
+    plan = read_plan(record.path)
+    if is_outgrown(walk.total, walk.stream_end, plan):
+        assert plan is not None
+        raise CacheMismatch(
+            f"cache {record.path}: another run lets it grow to max_samples {plan['max_samples'] or 'no limit'} while "
+            f"this one made {walk.total:,}, which are kept; set dataset.max_samples to that, and run generate again"
+        )
 
 
 def _summary(record: Record, manifest: dict[str, Any], *, seconds: float) -> str:

@@ -105,8 +105,9 @@ def open_for_generation(
         except CacheMismatch:
             if listed_shards(path):
                 raise
-            for name in ("plan.json", "cache.json"):
-                (path / name).unlink(missing_ok=True)
+            with told_errors(path, "the record of the earlier settings was to be removed"):
+                for name in ("plan.json", "cache.json"):
+                    (path / name).unlink(missing_ok=True)
             record = _make(config, identity, numerics, stream, tokenizer, world_size)
             notes = ["no shard was made with the earlier settings yet: the cache begins anew"]
     else:

@@ -25,7 +25,7 @@ import numpy as np
 from accel_distill.codec import Method
 from accel_distill.deal import Layout, parse_shard_name, shard_name
 from accel_distill.errors import TO_GO_ON, CacheMismatch, ConfigError, DamagedCache, DiskGuard
-from accel_distill.publish import publish, replace, sync_directory
+from accel_distill.publish import publish, replace, sync_directory, told_errors
 from accel_distill.record_checks import SUMMED, check_format, check_identity, check_manifest, check_plan, check_ranks
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
 from accel_distill.rows import row_columns
@@ -168,15 +168,26 @@ def read_record(path: Path) -> Record:
 def committed_shards(record: Record) -> dict[tuple[int, int], ShardHeader]:
     """List and check the shards that are there: (group, lane) to the header of its longest shard.
 
+    One that another run removes between the two, since a longer one replaces it, is not there.
     Raises DamagedCache for a broken header, CacheMismatch for a shard of another cache.
     """
     found: dict[tuple[int, int], ShardHeader] = {}
     for place in sorted(listed_shards(record.path)):
-        header = checked_header(record, record.shard_path(*place), place)
+        try:
+            header = checked_header(record, record.shard_path(*place), place)
+        except DamagedCache as error:
+            if is_gone(error):
+                continue
+            raise
         best = found.get(place[:2])
         if best is None or best.samples < header.samples:
             found[place[:2]] = header
     return found
+
+
+def is_gone(error: DamagedCache) -> bool:
+    """Whether a file could not be read because it is not there: listed, and then removed by another run."""
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def settled_shards(record: Record) -> list[dict[str, Any]]:
@@ -223,8 +234,8 @@ def shard_directory(path: Path) -> list[str]:
         ) from error
 
 
-def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
-    """Publish the manifest of a complete cache of `total` samples: the same bytes, whoever writes it."""
+def write_manifest(record: Record, *, total: int, stream_end: str) -> dict[str, Any]:
+    """Publish the manifest of a complete cache of `total` samples, and return it: the same bytes, whoever writes it."""
     shards = []
     for group, lane, samples in record.layout.shards(total):
         path = record.shard_path(group, lane, samples)
@@ -236,6 +247,7 @@ def write_manifest(record: Record, *, total: int, stream_end: str) -> None:
     data = canonical_json(content)
     if not publish(data, target, scratch=scratch(record.path)) and target.read_bytes() != data:
         raise CacheMismatch(f"{target} is there and says something else; is another run writing to this cache?")
+    return content
 
 
 def manifest_entry(name: str, header: ShardHeader) -> dict[str, Any]:
@@ -275,18 +287,39 @@ def write_plan(path: Path, *, max_samples: int | None) -> None:
     replace(canonical_json({"max_samples": max_samples}), path / "plan.json", scratch=scratch(path))
 
 
+def is_outgrown(samples: int, stream_end: str | None, plan: Mapping[str, Any] | None) -> bool:
+    """Whether a cache of so many samples, which ended at a cap, is less than its plan: one that grew meanwhile."""
+    if plan is None or stream_end != "cap":
+        return False
+    return plan["max_samples"] is None or samples < plan["max_samples"]
+
+
+def read_complete(record: Record) -> dict[str, Any] | None:
+    """Return the manifest of a cache that has all of its plan, None while it has not."""
+    manifest = read_manifest(record)
+    if manifest and is_outgrown(manifest["samples"], manifest["stream_end"], read_plan(record.path)):
+        return None
+    return manifest
+
+
 def withdraw_manifest(path: Path) -> None:
-    """Remove the manifest, durably, before a complete cache grows."""
-    (path / "manifest.json").unlink(missing_ok=True)
-    sync_directory(path)
+    """Remove the manifest, durably, before a complete cache grows. Raises as `publish` for the disk."""
+    with told_errors(path / "manifest.json", "it was to be removed"):
+        (path / "manifest.json").unlink(missing_ok=True)
+        sync_directory(path)
 
 
 def remove_superseded(record: Record, total: int) -> list[str]:
-    """Delete the short shards of an earlier, smaller plan from a complete cache; return their names."""
-    wanted = set(record.layout.shards(total))
-    stale = sorted(listed_shards(record.path) - wanted)
-    for shard in stale:
-        record.shard_path(*shard).unlink(missing_ok=True)
+    """Delete the short shards that a longer one of a complete cache of `total` samples replaces; return their names.
+
+    Nothing else goes: what is longer, or further on, belongs to a run that lets the cache grow meanwhile.
+    """
+    there = listed_shards(record.path)
+    wanted = {shard[:2]: shard[2] for shard in record.layout.shards(total) if shard in there}
+    stale = sorted(shard for shard in there if shard[2] < wanted.get(shard[:2], 0))
+    with told_errors(record.path / "shards", "shards that longer ones replace were to be removed"):
+        for shard in stale:
+            record.shard_path(*shard).unlink(missing_ok=True)
     return [shard_name(*shard) for shard in stale]
 
 

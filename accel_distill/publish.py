@@ -56,13 +56,17 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_stale(scratch: Path) -> int:
-    """Remove what dead processes of this host left in `scratch`; return how many files."""
+    """Remove what dead processes of this host left in `scratch`; return how many files.
+
+    What may not be removed, as in a cache that is read-only, is passed over: it does no harm.
+    """
     removed = 0
     for path in sorted(scratch.iterdir()):
         host, _, rest = path.name.rpartition(".")[0].rpartition(".")
         if host == socket.gethostname() and rest.isdigit() and not _alive(int(rest)):
-            path.unlink(missing_ok=True)
-            removed += 1
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed += 1
     return removed
 
 

@@ -23,6 +23,8 @@ from accel_distill.manifest import (
     Record,
     drift_sentences,
     drifted,
+    is_gone,
+    is_outgrown,
     listed_shards,
     read_manifest,
     read_plan,
@@ -30,7 +32,7 @@ from accel_distill.manifest import (
     shard_directory,
     withdraw_manifest,
 )
-from accel_distill.publish import sync_directory
+from accel_distill.publish import sync_directory, told_errors
 from accel_distill.shard import HEADER_BYTES, ShardHeader
 from accel_distill.shard_checks import check_shard
 
@@ -76,7 +78,13 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
     record = read_record(path)
     problems: list[Problem] = []
     manifest, plan = (_read(read, name, problems) for name, read in _small_files(record))
-    there = listed_shards(path)
+    there, notes = listed_shards(path), []
+    if manifest and is_outgrown(manifest["samples"], manifest["stream_end"], plan):
+        planned = (plan or {}).get("max_samples") or "all"
+        notes = [
+            f"manifest.json is of {manifest['samples']:,} samples, plan.json of {planned}: not complete for its plan"
+        ]
+        manifest = None  # what it does not know is no damage
     if manifest:
         gone = {shard["name"] for shard in manifest["shards"]} - {shard_name(*shard) for shard in there}
         problems += [_missing(path / "shards" / name) for name in sorted(gone)]
@@ -91,7 +99,7 @@ def verify_cache(path: Path, *, deep: bool = False, repair: bool = False) -> dic
         **sums,
         "numerics": record.numerics,
         "drift": drifted(headers),
-        "notes": _notes(path, _superseded(there)),
+        "notes": notes + _notes(path, _superseded(there)),
         "problems": problems,
         "set_aside": _repair(path, problems) if repair else [],
     }
@@ -116,6 +124,8 @@ def _check_shards(
                 raise DamagedCache(f"shard {record.shard_path(*place)}: it is not in manifest.json; delete it")
             header, totals = check_shard(record, place, expected=entries.get(name), deep=deep)
         except (DamagedCache, CacheMismatch) as error:
+            if isinstance(error, DamagedCache) and is_gone(error) and name not in entries:
+                continue  # removed since it was listed: a longer one has replaced it
             problems.append(_problem(f"shards/{name}", error))
             continue
         if place not in superseded:
@@ -161,21 +171,25 @@ def _state(found: dict[str, Any]) -> str:
 
 
 def set_aside(path: Path) -> str:
-    """Give a file the name NAME.bad, or NAME.bad2 and so on, durably, and never that of a file that is there."""
-    for number in itertools.count(1):
-        target = path.with_name(f"{path.name}.bad{number if number > 1 else ''}")
-        if os.path.lexists(target):
-            continue
-        try:
-            os.link(path, target, follow_symlinks=False)
-        except FileExistsError:
-            continue
-        except OSError:  # a directory, or a file system without hard links
-            os.rename(path, target)
-        else:
-            path.unlink()
-        sync_directory(path.parent)
-        return target.name
+    """Give a file the name NAME.bad, or NAME.bad2 and so on, durably, and never that of a file that is there.
+
+    Raises DiskGuard for a full or read-only disk, RunError where it may not be renamed.
+    """
+    with told_errors(path, "it was to be renamed"):
+        for number in itertools.count(1):
+            target = path.with_name(f"{path.name}.bad{number if number > 1 else ''}")
+            if os.path.lexists(target):
+                continue
+            try:
+                os.link(path, target, follow_symlinks=False)
+            except FileExistsError:
+                continue
+            except OSError:  # a directory, or a file system without hard links
+                os.rename(path, target)
+            else:
+                path.unlink()
+            sync_directory(path.parent)
+            return target.name
     raise AssertionError("counted to the end of all numbers")
 
 

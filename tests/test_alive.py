@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from accel_distill.alive import LOOKS_TO_DIE, Ranks, make_files
-from accel_distill.errors import RankStopped
+from accel_distill.alive import BEAT, LOOKS_TO_DIE, LOOKS_UNHELD, Ranks, make_files
+from accel_distill.errors import ConfigError, RankStopped
 
 
 def ranks(scratch: Path, world_size: int) -> list[Ranks]:
@@ -44,7 +45,14 @@ def test_a_rank_that_never_took_its_file_is_dead_after_so_many_looks(tmp_path: P
     make_files(tmp_path, "host.1.run", world_size=2)
     first = Ranks(tmp_path, "host.1.run", rank=0, world_size=2)
     with pytest.raises(RankStopped, match=r"rank 1 \(process unknown on an unknown host\) has died"):
-        look(first, LOOKS_TO_DIE + 2)
+        look(first, LOOKS_UNHELD + 2)
+
+
+def test_a_host_that_does_not_see_the_caches_directory_is_one_sentence(tmp_path: Path) -> None:
+    """Each host has a directory of that name of its own; rank 0 made the files in another one."""
+    (tmp_path / "here").mkdir()
+    with pytest.raises(ConfigError, match=r"cache.path: host .* does not see in .*here what rank 0 .* all hosts"):
+        Ranks(tmp_path / "here", "host.1.run", rank=1, world_size=2)
 
 
 def test_where_locks_do_not_reach_a_rank_that_counts_on_is_alive(
@@ -55,11 +63,34 @@ def test_where_locks_do_not_reach_a_rank_that_counts_on_is_alive(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     first, second = ranks(tmp_path, 2)
-    for _ in range(5 * LOOKS_TO_DIE):
+    for _ in range(5 * LOOKS_UNHELD):
         second.beat()
         first.look()
     with pytest.raises(RankStopped, match="rank 1"):
-        look(first, LOOKS_TO_DIE + 1)
+        look(first, LOOKS_UNHELD + 1)
+
+
+def test_where_locks_do_not_reach_a_count_that_comes_late_is_waited_for_and_a_death_is_told_within_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS: what a rank writes may show on another host half a minute later."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # each host gets the lock
+    first, second = ranks(tmp_path, 2)
+    late = int(40 / BEAT)
+    for _ in range(4):
+        second.beat()
+        look(first, late)
+    with pytest.raises(RankStopped, match="rank 1"):
+        look(first, int(54 / BEAT) - late)
+
+
+def test_a_sign_of_life_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (alone,) = ranks(tmp_path, 1)
+    steps: list[str] = []
+    for name in ("pwrite", "fsync"):
+        monkeypatch.setattr(os, name, lambda *_, name=name: steps.append(name))
+    alone.beat()
+    assert steps == ["pwrite", "fsync"]
 
 
 def test_why_a_rank_stops_reaches_all_others_with_its_exit_status(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from accel_distill.config import RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, DiskGuard, RunError
 from accel_distill.generate import generate, main
-from accel_distill.manifest import read_record
+from accel_distill.manifest import read_record, write_plan
 from accel_distill.processes import World
+from accel_distill.publish import sync_directory
+from accel_distill.verify import verify_cache
 
 TEXTS = [story(n) for n in range(60)]
 SAMPLES = 30  # as run_config caps it
@@ -447,6 +449,95 @@ def test_short_shards_left_by_a_crash_at_the_end_are_removed_by_the_next_run(
     assert set(shard_files(cache)) - set(shard_files(fresh)) == {shard_name(0, 0, 3), shard_name(0, 1, 2)}
     assert len(TeacherCache(cache)) == SAMPLES
     generate(config())
+    assert everything(cache) == everything(fresh)
+
+
+def test_a_manifest_of_less_than_the_plan_is_withdrawn_and_costs_no_shard(
+    config: Callable[..., RunConfig], fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with a smaller cap, held before its manifest while another let the cache grow, may leave this."""
+    cache = config().cache.path
+    generate(config(dataset={"max_samples": 5, "eval_samples": 0}))
+    for name, data in shard_files(fresh).items():
+        (cache / "shards" / name).write_bytes(data)
+    (cache / "plan.json").write_bytes((fresh / "plan.json").read_bytes())
+    found = verify_cache(cache)
+    assert (found["ok"], found["complete"]) == (True, False)
+    assert "manifest.json is of 5 samples, plan.json of 30: not complete for its plan" in found["notes"]
+    monkeypatch.setattr(command, "load_teacher", None)
+    assert generate(config())["samples"] == SAMPLES
+    assert everything(cache) == everything(fresh)
+    assert "manifest.json says 5 samples, fewer than planned: withdrawn" in caplog.messages
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_run_whose_cache_grew_meanwhile_stops_before_its_manifest_and_deletes_nothing(
+    goes_on: bool, config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 5 samples is held between its last shard and its manifest while one of 30 begins, or ends too."""
+    cache, sync = config().cache.path, command.sync_directory
+
+    def meanwhile(path: Path) -> None:
+        monkeypatch.setattr(command, "sync_directory", sync)
+        sync(path)
+        if goes_on:
+            generate(config())
+        else:
+            write_plan(cache, max_samples=SAMPLES)
+
+    monkeypatch.setattr(command, "sync_directory", meanwhile)
+    with pytest.raises(CacheMismatch, match=r"another run lets it grow to max_samples 30 while this one made 5, which"):
+        generate(config(dataset={"max_samples": 5, "eval_samples": 0}))
+    assert (cache / "manifest.json").exists() == goes_on
+    generate(config())
+    assert everything(cache) == everything(fresh)
+
+
+def test_a_run_does_not_wait_for_a_short_shard_that_a_larger_run_has_removed(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, listed = config().cache.path, command.listed_shards
+
+    def grown(path: Path) -> set[tuple[int, int, int]]:
+        if listed(path):
+            write_plan(cache, max_samples=SAMPLES)
+        return set()
+
+    monkeypatch.setattr(command, "listed_shards", grown)
+    monkeypatch.setattr(command, "STALLED_AFTER", 5.0)
+    with pytest.raises(CacheMismatch, match="another run lets it grow to max_samples 30"):
+        generate(config(dataset={"max_samples": 5, "eval_samples": 0}))
+
+
+def test_a_short_shard_that_another_run_removes_while_it_is_looked_at_is_passed_over(
+    config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, asked = command.listed_shards, 0
+
+    def shown(path: Path) -> set[tuple[int, int, int]]:
+        nonlocal asked
+        asked += 1
+        return listed(path) | ({(0, 0, 1)} if asked > 1 else set())
+
+    monkeypatch.setattr(command, "listed_shards", shown)
+    assert generate(config())["samples"] == SAMPLES
+    assert asked > 2
+    assert everything(config().cache.path) == everything(fresh)
+
+
+def test_a_manifest_that_a_smaller_run_wrote_at_the_last_moment_gives_way(
+    config: Callable[..., RunConfig], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, cache, sync = config(dataset={"max_samples": 5, "eval_samples": 0}), config().cache.path, sync_directory
+    generate(small)
+    manifest = (cache / "manifest.json").read_bytes()
+
+    def meanwhile(path: Path) -> None:
+        (cache / "manifest.json").write_bytes(manifest)
+        sync(path)
+
+    monkeypatch.setattr(command, "sync_directory", meanwhile)
+    assert generate(config())["samples"] == SAMPLES
     assert everything(cache) == everything(fresh)
 
 

@@ -180,6 +180,29 @@ def test_of_two_shards_of_a_place_the_longer_counts_and_the_short_one_is_removed
     assert remove_superseded(complete, 8) == []
 
 
+def test_a_smaller_total_removes_no_longer_shard_and_none_beyond_it(complete: Record) -> None:
+    before = listed_shards(complete.path)
+    assert remove_superseded(complete, 3) == []
+    complete.shard_path(0, 0, 1).write_bytes(b"short")
+    complete.shard_path(1, 0, 1).write_bytes(b"short, and beyond")
+    assert remove_superseded(complete, 3) == [shard_name(0, 0, 1)]
+    assert listed_shards(complete.path) == before | {(1, 0, 1)}
+
+
+def test_a_shard_that_is_removed_between_its_listing_and_its_reading_is_not_there(
+    complete: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = listed_shards(complete.path)
+    monkeypatch.setattr("accel_distill.manifest.listed_shards", lambda _: listed | {(1, 0, 1)})
+    assert set(committed_shards(complete)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert committed_shards(complete)[1, 0].samples == 2
+
+
+def test_a_short_shard_stays_where_the_longer_one_is_not_there(complete: Record) -> None:
+    assert remove_superseded(complete, 8) == []
+    assert (1, 1, 1) in listed_shards(complete.path)
+
+
 def test_a_shard_of_another_cache_is_a_mismatch(complete: Record, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", make_rows(LENGTHS, vocab=40), vocab=40, **SETTINGS)
     shutil.copy(other.shard_path(0, 0, 2), complete.shard_path(0, 0, 2))

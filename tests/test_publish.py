@@ -200,3 +200,15 @@ def test_remove_stale_removes_what_dead_processes_of_this_host_left_and_nothing_
         path.write_bytes(b"x")
     assert remove_stale(tmp_path) == 1
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_remove_stale_passes_over_what_it_may_not_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a cache that is read-only."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f"{socket.gethostname()}.{dead.pid}.left"
+    left.write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing(errno.EACCES))
+        assert remove_stale(tmp_path) == 0
+    assert remove_stale(tmp_path) == 1

@@ -17,7 +17,7 @@ from accel_distill.codec import Method
 from accel_distill.deal import shard_name
 from accel_distill.errors import ConfigError
 from accel_distill.generate import generate
-from accel_distill.manifest import withdraw_manifest
+from accel_distill.manifest import listed_shards, withdraw_manifest
 from accel_distill.verify import main, set_aside, verify_cache
 
 LENGTHS = [[9], [0], [1], [2], [17], [5], [0], [30], [3], [8], [4], [12], [6]]  # 13 samples: 3 + 3, 3 + 3, 1
@@ -149,6 +149,17 @@ def test_a_short_shard_that_a_longer_one_replaces_is_a_note_and_not_counted(tmp_
     found = verify_cache(tmp_path)
     assert (found["ok"], found["samples"], found["shards"]) == (True, 3, 1)
     assert f"shards/{shard_name(0, 0, 2)} is superseded by a longer one" in found["notes"]
+
+
+def test_a_shard_that_is_removed_between_its_listing_and_its_check_is_no_damage_unless_the_manifest_has_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = listed_shards(cache)
+    monkeypatch.setattr("accel_distill.verify.listed_shards", lambda _: listed | {(0, 0, 1)})
+    found = verify_cache(cache)
+    assert (found["complete"], found["shards"], found["problems"]) == (True, 5, [])
+    (cache / "shards" / LAST).unlink()
+    assert [problem["file"] for problem in verify_cache(cache)["problems"]] == [f"shards/{LAST}"]
 
 
 def test_a_shard_that_the_manifest_does_not_know_is_damage(cache: Path) -> None:

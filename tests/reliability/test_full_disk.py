@@ -7,18 +7,22 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from made_cache import make_cache, make_rows
 from tiny import write_jsonl
 
+from accel_distill import generate as command
+from accel_distill.alive import Ranks, make_files
 from accel_distill.config import DatasetConfig
 from accel_distill.disk_space import DiskSpace
 from accel_distill.errors import DiskGuard, RunError
-from accel_distill.manifest import make_directories
+from accel_distill.manifest import make_directories, remove_superseded, scratch, withdraw_manifest
 from accel_distill.publish import publish
 from accel_distill.stream import TextStream
+from accel_distill.verify import set_aside
 from reliability.forked import Changed, Fails, Faults, Run
 from reliability.place import Place, kept, make_place
 
@@ -285,6 +289,36 @@ def test_a_disk_without_room_for_a_directory_or_for_the_datasets_own_files_is_fu
     config = DatasetConfig(name="json", data_files=[str(data)], max_samples=1, eval_samples=0)
     with pytest.raises(DiskGuard, match=r"\(train\): .* \(/home/ann/.cache/huggingface/datasets\); make room"):
         TextStream(config)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(errno.EROFS, DiskGuard), (errno.ENOSPC, DiskGuard), (errno.EACCES, RunError)]
+)
+@pytest.mark.parametrize("step", ["ranks", "rank", "manifest", "superseded", "aside", "shards"])
+def test_what_a_disk_refuses_beside_the_writing_of_files_is_one_sentence_too(
+    step: str, code: int, error: type[RunError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_cache(tmp_path, make_rows([[9], [4], [2], [7]]), samples_per_shard=2)
+    record.shard_path(0, 0, 1).write_bytes(b"short")
+    steps: dict[str, Callable[[], object]] = {
+        "ranks": lambda: make_files(scratch(tmp_path), "host.1.run", world_size=1),
+        "rank": lambda: Ranks(scratch(tmp_path), "host.1.run", rank=0, world_size=1),
+        "manifest": lambda: withdraw_manifest(tmp_path),
+        "superseded": lambda: remove_superseded(record, 4),
+        "aside": lambda: set_aside(record.shard_path(0, 0, 2)),
+        "shards": lambda: command._sync_shards(record),
+    }
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "unlink", "link", "rename"):
+            patch.setattr(os, name, refused)
+        patch.setattr("builtins.open", refused)
+        with pytest.raises(error, match=rf"{tmp_path}.*: ") as told:
+            steps[step]()
+    assert type(told.value) is error and len(str(told.value).splitlines()) == 1
 
 
 def test_a_device_that_is_always_full_is_told_and_leaves_nothing(
