@@ -45,11 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="accel-distill audit", description="Run the teacher again over some samples of a cache, and compare."
         )
         parser.add_argument("cache", type=Path, metavar="CACHE", help="the cache's directory")
-        parser.add_argument("--samples", type=int, default=64, metavar="N", help="how many samples (64)")
-        parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of samples (0)")
-        parser.add_argument("--config", type=Path, metavar="FILE", help="where the teacher is (CACHE/run.yaml)")
+        parser.add_argument(
+            "--samples", type=int, default=64, metavar="N", help="how many samples to compare (default: 64)"
+        )
+        parser.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="another one chooses other samples (default: 0)"
+        )
+        parser.add_argument(
+            "--config", type=Path, metavar="FILE", help="the run file that names the teacher (default: CACHE/run.yaml)"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as teacher.model=PATH")
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="replaces a value of the run file: teacher.model=PATH where the teacher is elsewhere now",
+        )
         arguments = parser.parse_intermixed_args(argv)
         if arguments.samples < 1:
             parser.error(f"--samples {arguments.samples}: expected at least 1")
@@ -208,13 +219,13 @@ def as_text(found: dict[str, Any]) -> str:
         "teacher": f"{found['teacher']}, on {found['device']}",
         "KL, nats": f"{found['kl']:.5f} +- {found['kl_standard_error']:.5f}"
         + (" (of the sampled targets: unbiased, so it may be below 0)" if found["method"] != "top_k" else ""),
-        "top-1 agreement": f"{found['top1_agreement']:.2%} (position before: {found['top1_agreement_before']:.2%}, "
-        f"after: {found['top1_agreement_after']:.2%})",
-        "same integers": f"{found['identical_positions']:.2%} of the positions; mass that moved: "
-        f"{found['moved_mass']:.3%}",
+        "top-1 agreement": f"{found['top1_agreement']:.2%} (with the position before: "
+        f"{found['top1_agreement_before']:.2%}, with the next: {found['top1_agreement_after']:.2%})",
+        "same targets": f"{found['identical_positions']:.2%} of the positions, to the last digit; probability that is "
+        f"at other ids now: {found['moved_mass']:.3%}",
         "stored sums": f"log-probability differs by {found['logprob_difference']:.5f}, entropy by "
         f"{found['entropy_difference']:.5f} nats a position",
-        "impossible ids": f"{found['impossible_ids']:,}",
+        "impossible ids": f"{found['impossible_ids']:,} (that this teacher cannot have given)",
     }
     if found["finding"] is None:
         rows["finding"] = "none: these targets are this teacher's"

@@ -86,7 +86,15 @@ def _refused(name: str, then: object, now: object, checkpoint: Path) -> ConfigEr
             f"dataset.eval_samples is {now} in this run and {then} in {checkpoint}, so samples that were held out "
             f"would be trained on, or the other way round; set it back, or {anew}"
         )
-    what = {"samples": "cache.path: it has {} samples", "cache_id": "cache.path: it is the cache {}"}.get(
-        name, "cache.path: the sha256 of its shards is {}"
+    if name == "cache_id":
+        return CacheMismatch(
+            f"cache.path: it is the cache {now}, and in {checkpoint} it was {then}; set it back, or {anew}"
+        )
+    went_over, back = f"as {checkpoint} went over them", f"bring back a copy of the cache as it was, or {anew}"
+    if name == "samples" and isinstance(now, int) and isinstance(then, int):
+        how = "grown" if now > then else "shrunk"
+        return CacheMismatch(f"cache.path: the cache has {how} from {then} samples, {went_over}, to {now}; {back}")
+    return CacheMismatch(
+        f"cache.path: the shards of the cache are not those that {checkpoint} went over ({name} {now}, and there "
+        f"{then}); {back}"
     )
-    return CacheMismatch(f"{what.format(now)}, and in {checkpoint} it was {then}; set it back, or {anew}")

@@ -52,12 +52,12 @@ def inspect_cache(path: Path) -> dict[str, Any]:
     manifest, plan = read_manifest(record), read_plan(path)
     headers = committed_shards(record)
     if manifest:  # a longer run may have left short shards of the same place behind; the manifest counts
-        wanted = [(shard["group"], shard["lane"]) for shard in manifest["shards"]]
-        if gone := [place for place in wanted if place not in headers]:
+        wanted = {(shard["group"], shard["lane"]): shard["name"] for shard in manifest["shards"]}
+        if gone := [name for place, name in wanted.items() if place not in headers]:
             raise DamagedCache(
-                f"cache {path}: the manifest says complete, but {len(gone)} of {len(wanted)} shards are gone (the "
-                f"first: group {gone[0][0]}, lane {gone[0][1]}); run the same generate command "
-                "again, which makes them anew"
+                f"cache {path}: the manifest says complete, but of its {len(wanted)} shards {len(gone)} "
+                f"cannot be found, the first is {gone[0]}; run the same generate command again, which makes what is "
+                "missing"
             )
         headers = {place: headers[place] for place in wanted}
     totals = {name: sum(getattr(header, name) for header in headers.values()) for name in COUNTS}
@@ -111,8 +111,8 @@ def as_text(found: dict[str, Any], *, ramp: str = RAMP) -> str:
         "targets": f"{found['method']} {found['parameter']:g}, temperature {found['temperature']:g}",
         "samples": f"{found['samples']:,} ({found['empty']:,} empty, {found['truncated']:,} cut at max_length)",
         "tokens": f"{found['tokens']:,}, of which {found['positions']:,} positions carry a target",
-        "size": f"{found['bytes']:,} bytes in {found['shards']:,} shards; {per_position}",
-        "layout": f"{found['lanes']} lanes, {found['samples_per_shard']:,} samples a shard",
+        "size": f"{found['bytes']:,} bytes in {_count(found['shards'], 'shard')}; {per_position}",
+        "layout": f"{_count(found['lanes'], 'lane')}, {_count(found['samples_per_shard'], 'sample')} a shard",
         "identity": found["cache_id"],
     }
     lines = [f"{name:9}{value}" for name, value in rows.items()]
@@ -120,6 +120,10 @@ def as_text(found: dict[str, Any], *, ramp: str = RAMP) -> str:
     if found["positions"]:
         lines += ["", _bytes_by_kind(found), *as_lines(found["distributions"], shards=found["shards"], ramp=ramp)]
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def _measure_columns(record: Record, places: Sequence[tuple[int, int, int]]) -> tuple[Counter[str], Counter[str]]:

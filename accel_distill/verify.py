@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = OneSentenceParser(prog="accel-distill verify", description="Check every file of a cache.")
         parser.add_argument("cache", type=Path, metavar="CACHE", help="the cache's directory")
         parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.add_argument("--deep", action="store_true", help="decode and check everything, too")
+        parser.add_argument("--deep", action="store_true", help="decode every value, too, and check it")
         parser.add_argument(
             "--repair",
             action="store_true",
@@ -166,7 +166,7 @@ def _state(found: dict[str, Any]) -> str:
     if found["ok"]:
         return "NOT complete: run the same generate command, which makes what is missing"
     if exit_status(found) == 0:
-        return "repaired: run the same generate command, which makes what was moved aside, and just that"
+        return "repaired: run the same generate command, which makes just what is missing now"
     return "DAMAGED: see above; --repair moves aside what generate can make again"
 
 

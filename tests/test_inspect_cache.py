@@ -73,7 +73,7 @@ def test_a_complete_cache_without_one_of_its_shards_is_damaged(cache, tmp_path, 
     shutil.copytree(cache, copy)
     (copy / "shards" / "shard-000001-001-4.h5").unlink()
     assert main([str(copy)]) == 6
-    assert "1 of 8 shards are gone (the first: group 1, lane 1)" in capsys.readouterr().err
+    assert "of its 8 shards 1 cannot be found, the first is shard-000001-001-4.h5" in capsys.readouterr().err
 
 
 def test_a_damaged_shard_is_an_error_instead_of_figures(cache, tmp_path, capsys):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, wr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill.cache import TeacherCache
+from accel_distill.checkpoint_record import DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import LossConfig, RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
@@ -495,18 +497,6 @@ def resumed(run: Path, output_dir: Path, checkpoint: Path, **changes: dict[str, 
     return configured(run, output_dir, training=training, **changes)
 
 
-def grown(run: Path, path: Path) -> Path:
-    """Copy the cache and let it grow: the same identity, more samples."""
-    shutil.copytree(run / "cache", path)
-    texts = write_jsonl(path.parent / "texts.jsonl", [story(n) for n in range(SAMPLES)])
-    (path / "manifest.json").unlink()
-    for shard in sorted((path / "shards").iterdir())[-3:]:
-        shard.unlink()
-    (path / "plan.json").write_text('{"max_samples": 32}')
-    generate(run_config(run / "teacher", texts, path, dataset={"max_samples": 32}))
-    return path
-
-
 def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path) -> None:
     cache = TeacherCache(run / "cache")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -556,12 +546,38 @@ def test_a_checkpoint_of_another_cache_is_refused_with_both_ids(run: Path, tmp_p
         train(resumed(run, tmp_path / "out", checkpoint, **other))
 
 
-def test_a_checkpoint_of_a_cache_with_other_samples_is_refused_with_both_numbers(
-    run: Path, tmp_path: Path, checkpoint: Path
-) -> None:
-    path = grown(run, tmp_path / "cache")
-    with pytest.raises(CacheMismatch, match=f"it has 32 samples, and in .*checkpoint-2 it was {SAMPLES}"):
-        train(resumed(run, tmp_path / "out", checkpoint, cache={"path": path}))
+def test_a_checkpoint_of_a_cache_with_other_samples_is_refused_with_both_numbers(run: Path, tmp_path: Path) -> None:
+    """A cache that was not complete has grown since."""
+    path = shutil.copytree(run / "cache", tmp_path / "cache")
+    (path / "manifest.json").unlink()
+    (path / "shards" / shard_name(2, 1, 4)).unlink()
+    partial = {"path": path, "allow_partial": True}
+    train(configured(run, tmp_path / "first", cache=partial, training=SAVING))
+    last = tmp_path / "first" / "checkpoint-2"
+    shutil.copy(run / "cache" / "shards" / shard_name(2, 1, 4), path / "shards")
+    sentence = f"the cache has grown from {SAMPLES - 4} samples, as .*checkpoint-2 went over them, to {SAMPLES}; bring"
+    with pytest.raises(CacheMismatch, match=sentence):
+        train(resumed(run, tmp_path / "out", last, cache=partial))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"samples": 32}, "the cache has grown from 26 samples, .* to 32; bring back .*, or start anew"),
+        ({"samples": 20}, "the cache has shrunk from 26 samples, .* to 20; bring back .*, or start anew"),
+        ({"content_sha256": "b"}, "the shards of the cache are not those .*; bring back .*, or start anew"),
+        ({"cache_id": "b"}, "it is the cache b, and in .* it was a; set it back, or start anew"),
+    ],
+)
+def test_the_advice_about_another_cache_can_be_followed(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    then = DataRecord(cache_id="a", samples=26, content_sha256="a", eval_samples=2, global_batch=4)
+    state = {"stateful_callbacks": {"CheckpointRecord": {"args": asdict(then)}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    check_resumable(tmp_path, then)
+    now = {"content_sha256": "c"} | changes  # of other samples the hash is another one too
+    with pytest.raises(CacheMismatch, match=sentence) as caught:
+        check_resumable(tmp_path, replace(then, **now))
+    assert ("set it back" in str(caught.value)) == ("cache_id" in changes)
 
 
 def test_batch_and_accumulation_may_change_where_their_product_stays(
