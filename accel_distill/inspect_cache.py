@@ -20,7 +20,7 @@ from accel_distill.manifest import (
     committed_shards,
     drift_sentences,
     drifted,
-    read_manifest,
+    read_complete,
     read_plan,
     read_record,
 )
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect_cache(path: Path) -> dict[str, Any]:
     """Return what a cache is and holds; complete or not. Raises ConfigError, DamagedCache or CacheMismatch."""
     record = read_record(path)
-    manifest, plan = read_manifest(record), read_plan(path)
+    manifest, plan = read_complete(record), read_plan(path)
     headers = committed_shards(record)
     if manifest:  # a longer run may have left short shards of the same place behind; the manifest counts
         wanted = {(shard["group"], shard["lane"]): shard["name"] for shard in manifest["shards"]}

@@ -24,6 +24,7 @@ from accel_distill.config import RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, DiskGuard, RunError
 from accel_distill.generate import generate, main
+from accel_distill.inspect_cache import inspect_cache
 from accel_distill.manifest import read_record, write_plan
 from accel_distill.processes import World
 from accel_distill.publish import sync_directory
@@ -464,8 +465,10 @@ def test_a_manifest_of_less_than_the_plan_is_withdrawn_and_costs_no_shard(
     found = verify_cache(cache)
     assert (found["ok"], found["complete"]) == (True, False)
     assert "manifest.json is of 5 samples, plan.json of 30: not complete for its plan" in found["notes"]
+    assert (inspect_cache(cache)["complete"], inspect_cache(cache)["samples"]) == (False, SAMPLES)
     monkeypatch.setattr(command, "load_teacher", None)
     assert generate(config())["samples"] == SAMPLES
+    assert inspect_cache(cache)["complete"]
     assert everything(cache) == everything(fresh)
     assert "manifest.json says 5 samples, fewer than planned: withdrawn" in caplog.messages
 

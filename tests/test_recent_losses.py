@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from accel_distill import recent_losses
 from accel_distill.errors import NotFinite
 from accel_distill.recent_losses import RecentLosses
 
@@ -28,3 +29,18 @@ def test_good_losses_are_forgotten() -> None:
     recent.check(is_finite_everywhere=True)
     with pytest.raises(NotFinite, match="on another process"):
         recent.check(is_finite_everywhere=False)
+
+
+def test_where_more_were_noted_than_are_remembered_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent_losses, "MOST", 3)
+    said = "only the last 3 of 5 micro-batches are remembered; lower training.logging_steps"
+    recent = RecentLosses()
+    for values, match in (
+        ([float("inf"), 1.0, 1.0, float("nan"), 1.0], rf"nan at step 3, .* \(the first that is remembered: {said}\); "),
+        ([float("inf"), 1.0, 1.0, 1.0, 1.0], f"on another process, which names the samples, or earlier: {said}"),
+        ([float("inf"), 1.0, 1.0], r"inf at step 0, on the samples \[0\] of the cache; lower"),
+    ):
+        for step, value in enumerate(values):
+            recent.note(step, torch.tensor([step]), torch.tensor(value))
+        with pytest.raises(NotFinite, match=match):
+            recent.check(is_finite_everywhere=False)
