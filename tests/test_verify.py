@@ -212,7 +212,9 @@ def test_what_it_says_of_damage_and_of_a_repair(cache: Path, capsys: pytest.Capt
     assert main([str(cache), "--repair"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert f"moved aside: shards/{FIRST} -> {FIRST}.bad" in said
-    assert said[-3].startswith(f"{cache}: repaired: run the same generate command, which makes what was moved aside")
+    assert said[-3].startswith(
+        f"{cache}: repaired: run the same generate command, which makes just what is missing now"
+    )
     assert main([str(cache)]) == 0
     assert f"note: shards/{FIRST}.bad was moved aside by --repair: it is not read" in capsys.readouterr().out
 
