@@ -280,6 +280,7 @@ class _Block:
         self._rows = replace(rows, targets=narrow, input_ids=_narrowed(rows.input_ids))
 
     def sample(self, row: int) -> CachedSample:
+        """Return one of the rows."""
         import torch
 
         from accel_distill.targets import SparseTargets

@@ -165,4 +165,6 @@ def main(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    torch.distributed.barrier()
     leave_processes()
+    os._exit(0)  # all is written; gloo's threads can abort the tear-down of Python on a busy machine
