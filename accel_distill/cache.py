@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accel_distill.targets import SparseTargets
 
 OPEN_BYTES = (
-    64_000_000  # of the shard files that stay open, one at least; decoded they take 3 to 5 times as much memory
+    64_000_000  # of the shard files that stay open, one at least; `threshold` decodes to 2 to 2.5 times as much
 )
 MOST_OPEN = 64  # shards, however small
 BLOCK_TOKENS = 16_384  # decoded at once: fewer make the array operations small, more make a single sample slow
