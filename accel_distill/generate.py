@@ -39,6 +39,7 @@ from accel_distill.manifest import (
 )
 from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
+from accel_distill.progress import Committed as Seen
 from accel_distill.progress import Progress
 from accel_distill.publish import replace, sync_directory, temporary_name, told_errors
 from accel_distill.reading import Reading
@@ -120,7 +121,8 @@ def _make(
     total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
     done = sum(samples for samples, _ in committed.values())
     with Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress:
-        watch = _Watch(record, progress)
+        watch = _Watch(record, progress, lookout.space)
+        watch.look(every=0.0)
         reading = _read(stream, record, committed, progress=progress)
         walk = _make_shards(config, record, world, reading, committed=committed, watch=watch, lookout=lookout)
         return _finish(record, walk, watch=watch, lookout=lookout)
@@ -255,8 +257,9 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
 class _Watch:
     """Shows, on rank 0, this rank's positions and what all ranks have published, seen through the file system."""
 
-    def __init__(self, record: Record, progress: Progress) -> None:
-        self._record, self._progress, self._looked = record, progress, time.monotonic()
+    def __init__(self, record: Record, progress: Progress, space: DiskSpace) -> None:
+        self._record, self._progress, self._space = record, progress, space
+        self._looked = time.monotonic()
         self._before = listed_shards(record.path)
         self._headers: dict[tuple[int, int, int], ShardHeader] = {}
 
@@ -276,12 +279,16 @@ class _Watch:
                 if not is_gone(error):
                     raise
         longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
-        positions = sum(header.positions for header in longest)
-        size = sum(HEADER_BYTES + header.payload_bytes for header in longest)
+        room = self._space.room()
         self._progress.committed(
-            sum(header.samples for header in longest),
-            made=sum(header.positions for shard, header in self._headers.items() if shard not in self._before),
-            bytes_per_position=size / positions if positions else None,
+            Seen(
+                samples=sum(header.samples for header in longest),
+                positions=sum(header.positions for header in longest),
+                made=sum(header.positions for shard, header in self._headers.items() if shard not in self._before),
+                shard_bytes=sum(HEADER_BYTES + header.payload_bytes for header in longest),
+                disk_bytes=room.used,
+                room_bytes=room.left,
+            )
         )
         self._looked = time.monotonic()
 
