@@ -128,6 +128,8 @@ def start_processes() -> World:
             "ACCELERATE_USE_DEEPSPEED is set, but no launcher started this process, and DeepSpeed needs one, also for "
             "one process; use launch/train.sh N with ACCELERATE_CONFIG=configs/accelerate/zero2.yaml, or torchrun"
         )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which Trainer imports, warns that it chose so
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=SET_UP_TIMEOUT)
     check_processes(os.environ, found=state.num_processes, has_gpu=torch.cuda.is_available())
     return World(state.process_index, state.num_processes, state.device, state.distributed_type.value)

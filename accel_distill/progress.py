@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -57,11 +58,8 @@ class Progress:
         self._open = ExitStack()
 
     def __enter__(self) -> "Progress":
-        if self._is_terminal:  # what is logged goes above the two lines, not across them
-            printing = [logger for logger in map(logging.getLogger, ("", *LOUD)) if logger.handlers]
-            self._open.enter_context(logging_redirect_tqdm(printing))
-            logging.captureWarnings(True)
-            self._open.callback(logging.captureWarnings, False)
+        if self._is_terminal:
+            self._open.enter_context(logged_above_bars())
             self._draw(self._begun)
         return self
 
@@ -193,6 +191,18 @@ class Progress:
             return None
         missing = (self._total - there.samples) * there.positions / there.samples
         return max(missing - self._in_hand * self._world_size, 0.0) / rate
+
+
+@contextmanager
+def logged_above_bars() -> Iterator[None]:
+    """Let what is logged, and Python's warnings, go above the bars of this process instead of across them."""
+    printing = [logger for logger in map(logging.getLogger, ("", *LOUD)) if logger.handlers]
+    logging.captureWarnings(True)
+    try:
+        with logging_redirect_tqdm(printing):
+            yield
+    finally:
+        logging.captureWarnings(False)
 
 
 def _line(position: int, *, hidden: bool) -> tqdm:

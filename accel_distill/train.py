@@ -29,11 +29,14 @@ from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_
 from accel_distill.losses import Objective
 from accel_distill.manifest import differences, read_plan
 from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
+from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
+from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import sharded_by
+from accel_distill.training_arguments import default_report_to, sharded_by
+from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -45,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.train")
-        try:
-            train(load_config(path, overrides))
-        finally:
-            leave_processes()
+        with stop_on_signals():
+            try:
+                train(load_config(path, overrides))
+            finally:
+                leave_processes()
         return 0
 
     return exit_with(run)
@@ -76,6 +80,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         join_deepspeed()
     trainer = _make_trainer(config, cache, config.student, arguments)
     trainer.add_callback(CheckpointRecord(**asdict(record)))
+    use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
@@ -184,7 +189,7 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
                 f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
             )
     defaults = {
-        "report_to": "none",
+        "report_to": default_report_to(),
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
@@ -279,7 +284,8 @@ def _make_trainer(
 
 def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     """Train, save the student, evaluate it; return what was measured."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out = trainer.eval_dataset or ()
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "eval_samples": len(held_out)}

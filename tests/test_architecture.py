@@ -40,6 +40,7 @@ FLOORS = {
     "run_file": 1,
     "shard": 1,
     "stopping": 1,
+    "training_log": 1,
     "alive": 2,
     "byte_curves": 2,
     "disk_space": 2,
