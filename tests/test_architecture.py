@@ -58,6 +58,7 @@ FLOORS = {
     "hints": 4,
     "histograms": 4,
     "shard_checks": 4,
+    "adapters": 5,
     "cache": 5,
     "stream": 5,
     "tokens": 5,
@@ -135,7 +136,8 @@ def test_a_format_is_known_to_one_file(library: str, owner: str) -> None:
 def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    lines = settings["options"]["install_requires"] + settings["options.extras_require"]["deepspeed"]
+    extras = settings["options.extras_require"]
+    lines = settings["options"]["install_requires"] + extras["deepspeed"] + extras["lora"]
     declared = {re.split(r"[ <>=~!]", line)[0].lower() for line in lines.split("\n") if line}
     imported = {IMPORTED_AS.get(library, library) for name in FILES for library in outside(name)}
     assert imported <= declared
