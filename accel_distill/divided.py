@@ -9,6 +9,7 @@ each with a batch of its own of any shape, or all wait.
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,6 +136,7 @@ def _with_zero3(
     from deepspeed.utils import set_z3_leaf_modules
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it prints its whole configuration
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # of torch 2.13 to DeepSpeed 0.19
     join_deepspeed()
     set_z3_leaf_modules(base, list({type(layer) for layer in layers}))
     deepspeed.zero.Init(module=base, config_dict_or_path=ZERO3)  # weight by weight; the engine alone would move all

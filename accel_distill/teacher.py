@@ -251,7 +251,8 @@ def _say_places(parallelism: str, model: "PreTrainedModel") -> None:
     places = [str(place) for place in getattr(model, "hf_device_map", {"": model.device}).values()]
     counts = {place: places.count(place) for place in places}
     said = ", ".join(f"{count} on {place}" for place, count in counts.items())
-    log.info("teacher.parallelism %s with one process: the parts of the teacher are spread, %s", parallelism, said)
+    meaning = "" if parallelism == "auto" else ", which for one process is auto"
+    log.info("teacher.parallelism is %s%s; the parts of the teacher: %s", parallelism, meaning, said)
 
 
 def _load(config: "TeacherConfig", *, device: torch.device, is_divided: bool) -> "PreTrainedModel":

@@ -5,12 +5,12 @@ holds of the teacher.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from tiny import run_config
 from torch import nn
 
@@ -21,19 +21,21 @@ from accel_distill.processes import World, leave_processes
 from accel_distill.teacher import Teacher
 
 BACKENDS = ("fsdp", "zero3")
-# Samples of a case; shards have 4. Of 2 ranks one has none, one more than the other, as many but other batches.
-CASES = {"one-shard": 3, "three-shards": 11, "many-shards": 30}
-TEACHERS = {"one-shard": "tied", "three-shards": "plain", "many-shards": "plain"}
+# Samples and lanes of a case; shards have 4. Of 2 ranks one has none; one has two; both have four.
+CASES = {"one-shard": (3, 1), "three-shards": (11, 1), "eight-shards": (30, 2)}
+TEACHERS = {"one-shard": "tied", "three-shards": "plain", "eight-shards": "plain"}
 
 
 def case_config(directory: Path, case: str, parallelism: str) -> RunConfig:
     """Return the run of a case; the cache of `replicate` is made by the test."""
+    samples, lanes = CASES[case]
     return run_config(
         directory / TEACHERS[case],
         directory / "data.jsonl",
         directory / f"{parallelism}-{case}",
         teacher={"parallelism": parallelism},
-        dataset={"max_samples": CASES[case], "eval_samples": 0},
+        dataset={"max_samples": samples, "eval_samples": 0},
+        cache={"lanes": lanes},
     )
 
 
@@ -64,9 +66,8 @@ def main(directory: Path) -> None:
     for backend in BACKENDS:
         for case in CASES:
             command.generate(case_config(directory, case, backend))
-            # outside a forward, after the last one
-            record = gather_object([describe(teachers.pop().model)])
-            (directory / f"{backend}-{case}.json").write_text(json.dumps(record))
+            record = describe(teachers.pop().model)  # outside a forward, after the last one
+            (directory / f"{backend}-{case}-{os.environ['RANK']}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":
