@@ -6,7 +6,7 @@ over other samples than those that are left; so each is refused with both values
 """
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ def check_resumable(checkpoint: Path, record: DataRecord) -> None:
             checkpoint,
         )
         return
-    older = {field.name: field.default for field in fields(DataRecord)}  # its version may not have had a field
+    older = {"packing": False, "sampling": record.sampling if record.sampling == "sequential" else "random"}
     for name, now in asdict(record).items():
-        if (then := before.get(name, older[name])) != now:
+        if (then := before.get(name, older.get(name))) != now:
             raise _refused(name, then, now, checkpoint)
 
 

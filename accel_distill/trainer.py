@@ -139,6 +139,14 @@ class DistillationTrainer(Trainer):
         sampler = training_sampler(dataset, self.args, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Evaluate in the order of the samples, however training is grouped: the Trainer would ask for dicts."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the batches of a step, as the Trainer does; count how long they were waited for."""
         return super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)
