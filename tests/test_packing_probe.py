@@ -31,6 +31,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "opt": OPT,
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "falcon_h1": SIZES,  # attention and a state-space model side by side
 }
 
 
