@@ -103,6 +103,11 @@ def is_packed(values: Mapping[str, Any]) -> bool:
     return bool(values.get(PACKING))
 
 
+def is_grouped(values: Mapping[str, Any]) -> bool:
+    """Return whether section `training` asks for steps of samples of about equal length."""
+    return values.get("train_sampling_strategy") == BY_LENGTH
+
+
 def library_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return section `training` without the keys that are not those of TrainingArguments."""
     return {name: value for name, value in values.items() if name != PACKING}
@@ -111,6 +116,16 @@ def library_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
 def sharded_by(values: Mapping[str, Any]) -> str | None:
     """Return which of `deepspeed` and `fsdp` section `training` asks for, if any."""
     return next((name for name in ("deepspeed", "fsdp") if values.get(name)), None)
+
+
+def default_report_to() -> str:
+    """Return where the log goes when the run file does not say: TensorBoard where that is installed."""
+    return "tensorboard" if _is_installed("tensorboard") else "none"
+
+
+def _is_installed(integration: str) -> bool:
+    _, modules = INTEGRATIONS[integration]
+    return not modules or any(find_spec(module) for module in modules)
 
 
 def _transformers() -> Path:
@@ -166,7 +181,7 @@ def _check_bounds(name: str, value: Any) -> None:
 def _check_packing(values: Mapping[str, Any]) -> None:
     if not isinstance(values[PACKING], bool):
         raise WrongValue(PACKING, mismatch(values[PACKING], WORDS["bool"]))
-    if values[PACKING] and values.get("train_sampling_strategy") == BY_LENGTH:
+    if values[PACKING] and is_grouped(values):
         raise WrongValue(PACKING, f"is true, and train_sampling_strategy is {BY_LENGTH}; expected one of the two")
 
 
@@ -182,8 +197,8 @@ def _check_report_to(value: Any) -> None:
             near = did_you_mean(name, [*INTEGRATIONS, "none", "all"] if len(wanted) == 1 else INTEGRATIONS)
             expected = f"expected none or all alone, or some of {', '.join(INTEGRATIONS)}"
             raise WrongValue("report_to", f"found {describe(name)}; {near or expected}")
-        package, modules = INTEGRATIONS[name]
-        if modules and not any(find_spec(module) for module in modules):
+        package, _ = INTEGRATIONS[name]
+        if not _is_installed(name):
             raise WrongValue("report_to", f"{name} is not installed: pip install {package}, or take report_to=none")
 
 
