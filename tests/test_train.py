@@ -647,28 +647,6 @@ def test_the_global_batch_counts_devices_accumulation_and_processes(
     assert record.global_batch == global_batch
 
 
-def test_packed_training_says_what_it_saves_and_counts_samples(
-    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = train(configured(run, tmp_path, training={"packing": True, "max_steps": -1, "num_train_epochs": 1}))
-    cache = TeacherCache(run / "cache")
-    training = [item for item in range(HELD_OUT, len(cache)) if cache.has_target[item]]
-    assert metrics["train_samples"] == len(training) and metrics["eval_samples"] == HELD_OUT
-    said = re.search(r"packed (\d+) samples into (\d+) rows of at most (\d+) tokens: ([\d.]+)% of the", caplog.text)
-    assert said is not None
-    assert int(said[1]) == len(training) > int(said[2]) and int(said[3]) == MAX_LENGTH
-    steps = [line for line in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "kd" in line]
-    assert len(steps) == -(-int(said[2]) // 4)
-    plain = train(configured(run, tmp_path / "plain", training={"max_steps": 1}))
-    assert metrics["eval_positions"] == plain["eval_positions"]
-
-
-def test_grouped_training_says_what_it_saves(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(configured(run, tmp_path, training={"train_sampling_strategy": "group_by_length"}))
-    said = re.search(r"grouped \d+ samples by length: ([\d.]+)% of the batches is padding, ([\d.]+)%", caplog.text)
-    assert said is not None and float(said[1]) < float(said[2])
-
-
 def test_the_log_goes_to_tensorboard_below_the_output_directory_unless_the_run_file_says_otherwise(
     run: Path, tmp_path: Path
 ) -> None:
@@ -723,3 +701,25 @@ def test_a_signal_ends_training_with_its_status_and_one_sentence(
     threading.Thread(target=stop, daemon=True).start()
     assert main(["--config", str(path)]) == 143
     assert "stopped by SIGTERM; what was published or saved is kept" in capsys.readouterr().err
+
+
+def test_packed_training_says_what_it_saves_and_counts_samples(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = train(configured(run, tmp_path, training={"packing": True, "max_steps": -1, "num_train_epochs": 1}))
+    cache = TeacherCache(run / "cache")
+    training = [item for item in range(HELD_OUT, len(cache)) if cache.has_target[item]]
+    assert metrics["train_samples"] == len(training) and metrics["eval_samples"] == HELD_OUT
+    said = re.search(r"packed (\d+) samples into (\d+) rows of at most (\d+) tokens: ([\d.]+)% of the", caplog.text)
+    assert said is not None
+    assert int(said[1]) == len(training) > int(said[2]) and int(said[3]) == MAX_LENGTH
+    steps = [line for line in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "kd" in line]
+    assert len(steps) == -(-int(said[2]) // 4)
+    plain = train(configured(run, tmp_path / "plain", training={"max_steps": 1}))
+    assert metrics["eval_positions"] == plain["eval_positions"]
+
+
+def test_grouped_training_says_what_it_saves(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(configured(run, tmp_path, training={"train_sampling_strategy": "group_by_length"}))
+    said = re.search(r"grouped \d+ samples by length: ([\d.]+)% of the batches is padding, ([\d.]+)%", caplog.text)
+    assert said is not None and float(said[1]) < float(said[2])
