@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from accel_distill.adapters import add_adapters, check_same_adapters, merge_adapters, require_peft
 from accel_distill.cache import TeacherCache
 from accel_distill.checkpoint_record import CheckpointRecord, DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
@@ -65,9 +66,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     `trainer_state.json` with the log and `run.yaml`. Raises the RunErrors of errors.py. Every rank of the run
     calls it.
     """
-    if config.student is None:
+    student = config.student
+    if student is None:
         raise ConfigError("student: is missing; training needs student.model or student.config")
     _refuse_unlaunched(config.training)
+    if student.lora is not None:
+        require_peft()
     world = start_processes()
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
@@ -78,7 +82,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         world.from_main(lambda: check_resumable(Path(checkpoint), record))
     if arguments.deepspeed_plugin is not None:
         join_deepspeed()
-    trainer = _make_trainer(config, cache, config.student, arguments)
+    trainer = _make_trainer(config, cache, student, arguments)
+    if checkpoint:
+        world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
     trainer.add_callback(CheckpointRecord(**asdict(record)))
     use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
@@ -87,6 +93,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
+    if student.lora is not None and student.lora.merge:
+        world.from_main(lambda: _merge(student, cache, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
         print(summary(metrics, output_dir=arguments.output_dir), flush=True)
@@ -263,10 +271,11 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
-    sizes: dict[str, Any] = {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
     # from scratch: the same weights whatever the backend; pretrained: divided while they are read
     with whole_weights(arguments) if student.model is None else nullcontext():
-        model = load_student(student, tokenizer, **sizes)
+        model: Any = load_student(student, tokenizer, **_sizes(cache, arguments))
+    if student.lora is not None and student.model is not None:
+        model = add_adapters(model, student.lora, name=student.model, revision=student.revision, seed=arguments.seed)
     training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
     _check_evaluation(arguments, held_out)
     _make_directory(arguments.output_dir)
@@ -280,6 +289,20 @@ def _make_trainer(
         eval_dataset=Subset(samples, held_out) if held_out else None,
         processing_class=tokenizer,
     )
+
+
+def _sizes(cache: TeacherCache, arguments: TrainingArguments) -> dict[str, Any]:
+    """Return what `load_student` wants to know beside the student's section and the tokenizer."""
+    return {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
+
+
+def _merge(student: StudentConfig, cache: TeacherCache, arguments: TrainingArguments) -> None:
+    """Save the whole student with its adapters merged in, in their stead."""
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    with whole_weights(arguments):
+        merge_adapters(
+            Path(arguments.output_dir), load=lambda: load_student(student, tokenizer, **_sizes(cache, arguments))
+        )
 
 
 def _run(trainer: DistillationTrainer) -> dict[str, Any]:
