@@ -106,6 +106,14 @@ class TeacherConfig(Section):
     head_chunk: Count = 256  # positions whose logits exist at once
     quantization: dict[str, Any] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a logit is NaN or infinite
+    parallelism: Literal["replicate", "auto", "zero3", "fsdp"] = "replicate"  # whole in each process, or not
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if self.quantization and self.parallelism in ("zero3", "fsdp"):
+            problem = f"is {self.parallelism}, which divides no quantized weights; expected replicate or auto"
+            raise WrongValue("parallelism", problem)
+        return self
 
 
 class DatasetConfig(Section):

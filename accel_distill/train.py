@@ -29,12 +29,17 @@ from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_conf
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
 from accel_distill.losses import Objective
 from accel_distill.manifest import differences, read_plan
+from accel_distill.packs import PackedCache
+from accel_distill.padding import padding_report
 from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
+from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
+from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import sharded_by
+from accel_distill.training_arguments import default_report_to, is_grouped, is_packed, library_arguments, sharded_by
+from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -46,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.train")
-        try:
-            train(load_config(path, overrides))
-        finally:
-            leave_processes()
+        with stop_on_signals():
+            try:
+                train(load_config(path, overrides))
+            finally:
+                leave_processes()
         return 0
 
     return exit_with(run)
@@ -82,6 +88,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if checkpoint:
         world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
     trainer.add_callback(CheckpointRecord(**asdict(record)))
+    use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
@@ -116,6 +123,8 @@ def _open(config: RunConfig) -> TeacherCache:
             f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
             "from the teacher again"
         )
+    if is_packed(config.training) or is_grouped(config.training):
+        _ = cache.lengths  # read once, and handed to the other ranks with the cache
     return cache
 
 
@@ -124,7 +133,15 @@ def _data_record(
 ) -> DataRecord:
     """Return what the run's checkpoints say of its data."""
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
-    return DataRecord(cache.cache_id, cache.samples, cache.content_sha256, config.dataset.eval_samples, batch)
+    return DataRecord(
+        cache.cache_id,
+        cache.samples,
+        cache.content_sha256,
+        config.dataset.eval_samples,
+        batch,
+        packing=is_packed(config.training),
+        sampling=str(arguments.train_sampling_strategy),
+    )
 
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:
@@ -192,11 +209,11 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
                 f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
             )
     defaults = {
-        "report_to": "none",
+        "report_to": default_report_to(),
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
-    values = {**values, "resume_from_checkpoint": _checkpoint(values)}
+    values = library_arguments(values) | {"resume_from_checkpoint": _checkpoint(values)}
     try:
         arguments = TrainingArguments(**{**defaults, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -275,12 +292,16 @@ def _make_trainer(
     _check_evaluation(arguments, held_out)
     _make_directory(arguments.output_dir)
     samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
+    is_plain = not is_packed(config.training)
+    rows: Any = Subset(samples, training) if is_plain else PackedCache(cache, training, most=cache.max_length)
+    if report := padding_report(rows, Subset(samples, training), arguments):
+        log.info("%s", report)
     return DistillationTrainer(
         model,
         arguments,
         objective=objective(config.loss, cache),
         data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
-        train_dataset=Subset(samples, training),
+        train_dataset=rows,
         eval_dataset=Subset(samples, held_out) if held_out else None,
         processing_class=tokenizer,
     )
@@ -302,10 +323,14 @@ def _merge(student: StudentConfig, cache: TeacherCache, arguments: TrainingArgum
 
 def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     """Train, save the student, evaluate it; return what was measured."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    held_out = trainer.eval_dataset or ()
-    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "eval_samples": len(held_out)}
+    held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
+    metrics = {**result.metrics, "train_samples": rows, "eval_samples": len(held_out)}
+    if isinstance(trainer.train_dataset, PackedCache):
+        metrics["train_samples"] = samples = trainer.train_dataset.samples
+        metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
     if held_out:
         metrics |= trainer.evaluate()
     trainer.save_state()
