@@ -30,6 +30,7 @@ from accel_distill.losses import Objective
 from accel_distill.manifest import differences, read_plan
 from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
 from accel_distill.publish import replace
+from accel_distill.run_record import run_record, write_run_record
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
@@ -81,6 +82,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     if world.is_main:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
+        how = {"world_size": world.world_size, "distributed_type": distributed_type}
+        write_run_record(output_dir, run_record(trainer.model, cache, full_logits=trainer.full_logits, **how))
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
@@ -285,6 +288,7 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "eval_samples": len(held_out)}
     if held_out:
         metrics |= trainer.evaluate()
+        metrics["eval_calibration"] = trainer.calibration
     trainer.save_state()
     return metrics
 
