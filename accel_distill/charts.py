@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0  # inches of 72 units: on a telephone about as many pixels
-HEIGHT = 2.5
+HEIGHT = 2.7
 RUN_COLOURS = 8  # variables --run-0 to --run-7 of the page
 INK, FAINT, GRID, FLOOR = "#010101", "#020202", "#030303", "#040404"
 STAND_INS = {INK: "--ink", FAINT: "--faint", GRID: "--grid", FLOOR: "--floor"}
 STAND_INS |= {f"#0501{number:02x}": f"--run-{number}" for number in range(RUN_COLOURS)}
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK,
+    "axes.formatter.useoffset": False,
     "axes.edgecolor": GRID,
     "axes.labelcolor": FAINT,
-    "axes.labelsize": 9.5,
+    "axes.labelsize": 10.5,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "axes.grid": True,
@@ -84,7 +85,8 @@ def curves(
         axes.set_xlim(0, max(last, 1))
         _limit(axes, lines, last=last, from_zero=unit in ("bytes", "count"))
         axes.yaxis.set_major_locator(_locator(5))
-        axes.yaxis.set_major_formatter(lambda value, _: _shown(value, unit))
+        if unit != "nats":
+            axes.yaxis.set_major_formatter(lambda value, _: _shown(value, unit))
         axes.xaxis.set_major_locator(_locator(5, whole=True))
         if axis == "positions":
             axes.xaxis.set_major_formatter(lambda seen, _: _short(seen))
@@ -111,7 +113,9 @@ def calibration(title: str, diagrams: Sequence[Bins]) -> str:
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that was right")
         counts = [count for count, *_ in diagrams[0]]
         middles = [(place + 0.5) / len(counts) for place in range(len(counts))]
-        below.bar(middles, [count / sum(counts) for count in counts], width=0.8 / len(counts), color=_colour(0))
+        below.bar(
+            middles, [count / sum(counts) for count in counts], width=0.8 / len(counts), color=_colour(0), alpha=0.8
+        )
         below.set(xlabel="confidence: probability of the student's first choice", ylabel="positions")
         for each in (axes, below):
             each.xaxis.set_major_formatter(lambda value, _: _shown(value, "share"))
@@ -123,10 +127,10 @@ def calibration(title: str, diagrams: Sequence[Bins]) -> str:
 def histogram(title: str, edges: Sequence[float], counts: Sequence[int], *, mean: float) -> str:
     """Return counted bins as bars, with a line at the mean."""
     with _style(title):
-        figure = _figure(1.9)
+        figure = _figure(2.1)
         axes = figure.subplots()
         width = edges[1] - edges[0]
-        axes.bar(list(edges[:-1]), list(counts), width=width * 0.9, align="edge", color=_colour(0))
+        axes.bar(list(edges[:-1]), list(counts), width=width * 0.9, align="edge", color=_colour(0), alpha=0.8)
         axes.axvline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(_locator(6))
@@ -138,7 +142,7 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], *, mean
 def _draw(axes: "Axes", line: Line) -> None:
     colour = _colour(line.run)
     if line.kind == "train":
-        axes.plot(line.steps, line.values, color=colour, linewidth=1.2, alpha=0.55)
+        axes.plot(line.steps, line.values, color=colour, linewidth=1.3, alpha=0.6)
     elif line.kind == "eval":
         points: dict[str, Any] = {"marker": "o", "markersize": 4.5} if len(line.steps) <= 60 else {}
         axes.plot(line.steps, line.values, color=colour, linewidth=1.8, clip_on=False, zorder=3, **points)
@@ -164,7 +168,7 @@ def _step_label(step: float, positions: tuple[Sequence[int], Sequence[float]]) -
     if not positions[0] or step > positions[0][-1] * 1.001:
         return label
     seen = float(np.interp(step, [0, *positions[0]], [0, *positions[1]]))
-    return f"{label}\n{figures.count(seen) if seen else '0'}"
+    return f"{label}\n{_short(seen)}"
 
 
 def _shown(value: float, unit: Unit) -> str:
@@ -174,7 +178,7 @@ def _shown(value: float, unit: Unit) -> str:
         return figures.size(value) if value else "0"
     if unit == "count":
         return _short(value)
-    return f"{value:.3g}" if unit == "nats" else f"{value:.2g}"
+    return f"{value:.2g}"
 
 
 def _short(value: float) -> str:
@@ -190,7 +194,7 @@ def _colour(run: int) -> str:
 def _locator(most: int, *, whole: bool = False) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(most, integer=whole)
+    return MaxNLocator(most, integer=whole, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10])
 
 
 def _style(title: str) -> Any:
@@ -218,7 +222,7 @@ def _svg(figure: "Figure", title: str) -> str:
     inside = drawn[drawn.index(">") + 1 :].replace("xlink:href", "href")
     inside = re.sub(r"<style.*?</style>", "", inside, flags=re.DOTALL)  # it would be the whole page's
     inside = re.sub(r'<g id="[^"]*"', "<g", inside)  # matplotlib counts its groups anew in each plot
-    inside = re.sub(r"(\d+\.\d\d)\d+", r"\1", inside)
+    inside = re.sub(r"(?<=[ \"(-])(\d+\.\d\d)\d+(?=[ \")\n])", r"\1", inside)  # coordinates
     inside = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", inside)
     for stand_in, variable in STAND_INS.items():
         inside = inside.replace(stand_in, f"var({variable})")

@@ -13,7 +13,7 @@ from typing import Any
 
 from accel_distill.command_line import OneSentenceParser
 from accel_distill.errors import ConfigError, exit_with
-from accel_distill.report import open_in_browser, write_page
+from accel_distill.report import check_output, open_in_browser, write_page
 from accel_distill.report_page import compare_page
 from accel_distill.run_directory import Run, read_run, unique_names
 from accel_distill.run_table import MEASURES, by_run, held_out, teacher_cell
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         arguments = parse_arguments(argv)
         runs = read_runs(arguments.runs)
+        check_output(arguments.output)
         write_page(compare_page(runs, not_comparable(runs)), arguments.output)
         found = as_json(runs) | {"page": str(arguments.output)}
         print(json.dumps(found, indent=1) if arguments.json else as_text(runs, found), flush=True)

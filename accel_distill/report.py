@@ -78,6 +78,7 @@ def report(
     for files that cannot be read, DiskGuard or RunError where the report cannot be written.
     """
     run = read_run(path)
+    check_output(output)
     other = None
     if baseline is not None:
         names = unique_names([path, baseline])
@@ -101,10 +102,14 @@ def report(
     return [*by_measure(runs), *(f"note: {sentence}" for sentence in (*run.missing, *sentences)), f"report: {output}"]
 
 
-def write_page(page: str, output: Path) -> None:
-    """Put a page into its file. Raises ConfigError where there is no directory for it, DiskGuard, RunError."""
+def check_output(output: Path) -> None:
+    """Raise ConfigError where a page cannot be put there, before it is made."""
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: it is no file in a directory that is there; name another one")
+
+
+def write_page(page: str, output: Path) -> None:
+    """Put a page into its file. Raises DiskGuard or RunError."""
     replace(page.encode(), output, scratch=output.parent)
 
 

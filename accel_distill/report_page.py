@@ -126,9 +126,25 @@ def _calibration(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not calibration_bins(runs[0]):
         return None
     errors = [(run.name, run.number("eval_ece")) for run in runs]
-    said = "; ".join(f"{name} {error:.2%}" for name, error in errors if error is not None)
+    known = [(name if len(runs) > 1 else "", error) for name, error in errors if error is not None]
+    said = "; ".join(f"{name} {error:.2%}".strip() for name, error in known)
     title = f"Calibration: accuracy over confidence; expected calibration error {said}"
-    return {"svg": Markup(charts.calibration(title, diagrams)), "ece": said, "bins": diagrams[0]}
+    return {
+        "svg": Markup(charts.calibration(title, diagrams)),
+        "ece": said,
+        "bins": len(diagrams[0]),
+        "rows": _bin_rows(diagrams[0]),
+    }
+
+
+def _bin_rows(bins: charts.Bins) -> list[tuple[str, list[str]]]:
+    """Return the bins that have positions as texts: the range of confidence, then the figures."""
+    rows = []
+    for place, (count, confidence, accuracy) in enumerate(bins):
+        low, high = (100 * end / len(bins) for end in (place, place + 1))
+        if count:
+            rows.append((f"{low:.0f} to {high:.0f}%", [f"{count:,.0f}", f"{confidence:.1%}", f"{accuracy:.1%}"]))
+    return rows
 
 
 def _cache(found: Values) -> dict[str, Any] | None:
@@ -141,14 +157,13 @@ def _cache(found: Values) -> dict[str, Any] | None:
         mean = measured[name]["mean"]
         label = f"Histogram of {title}: mean {mean:.2f}"
         svg = charts.histogram(label, measured[name]["edges"], measured[name]["counts"], mean=mean)
-        histograms.append({"title": title, "mean": f"{mean:.2f}", "svg": Markup(svg)})
+        histograms.append({"title": title[0].upper() + title[1:], "mean": f"{mean:.2f}", "svg": Markup(svg)})
     kinds = bytes_by_kind(found)
     total = sum(kinds.values())
     figures = [
         ("samples", f"{found['samples']:,} ({found['empty']:,} empty, {found['truncated']:,} cut at max_length)"),
         ("positions with a target", f"{found['positions']:,}"),
         ("bytes", f"{size(found['bytes'])} in {found['shards']:,} shards"),
-        ("bytes a position", f"{found['bytes_per_position']:.2f}"),
         (
             "ids a position",
             f"{found['ids_per_position']:.2f} ({found['head_ids_per_position']:.2f} exact, "
@@ -157,4 +172,10 @@ def _cache(found: Values) -> dict[str, Any] | None:
     ]
     shares = [(kind, f"{value:.2f}", value / total) for kind, value in kinds.items()]
     of = "" if not measured or measured["of_shards"] == found["shards"] else f"{measured['of_shards']} of its shards"
-    return {"figures": figures, "histograms": histograms, "bytes": shares, "from": of}
+    return {
+        "figures": figures,
+        "histograms": histograms,
+        "bytes": shares,
+        "bytes_per_position": f"{found['bytes_per_position']:.2f}",
+        "from": of,
+    }

@@ -7,9 +7,12 @@ share an axis of steps; where they do not, and all say how many positions they s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
+from accel_distill import figures
 from accel_distill.charts import RUN_COLOURS, Line, Unit, curves
 from accel_distill.run_directory import Run, Series
 
@@ -37,17 +40,18 @@ class Curve:
     unit: Unit
     floor: str | None = None
     least: int = 1  # points below which it is not drawn
+    told: Literal["last", "highest", "mean"] = "last"  # which of its values stands beside the title
 
 
 CURVES = (
     Curve("KL to the teacher, nats", "kl", "eval_kl", "nats"),
     Curve("Cross-entropy, nats", "ce", "eval_ce", "nats", floor="eval_teacher_ce"),
     Curve("KD, the divergence of the loss", "kd", "eval_kd", "nats"),
-    Curve("Top-1 agreement with the teacher", None, "eval_top1_agreement", "share", least=2),
+    Curve("Top-1 agreement", None, "eval_top1_agreement", "share", least=2),
     Curve("Expected calibration error", None, "eval_ece", "share", least=2),
-    Curve("Learning rate", "learning_rate", None, "rate"),
-    Curve("Positions per second", "positions_per_second", None, "count"),
-    Curve("Peak memory of a process", "peak_memory_bytes", None, "bytes"),
+    Curve("Learning rate", "learning_rate", None, "rate", told="highest"),
+    Curve("Positions per second", "positions_per_second", None, "count", told="mean"),
+    Curve("Peak memory", "peak_memory_bytes", None, "bytes", told="highest"),
 )
 
 
@@ -113,17 +117,18 @@ def _same(one: Series, other: Series) -> bool:
 
 
 def _latest(curve: Curve, run: Run, name: str) -> str:
-    """Say the last value of a run's curve: held out where there is one."""
+    """Say the last value of a run's curve, held out where there is one; or the highest, or the mean."""
     held_out = run.series(curve.held_out)[1] if curve.held_out else []
     values = held_out or (run.series(curve.train)[1] if curve.train else [])
-    value = "nothing" if not values else worded(values[-1], curve.unit)
-    return f"{name} {value}".strip() + (" held out" if held_out and curve.train else "")
+    if not values:
+        return f"{name} nothing".strip()
+    value = {"last": values[-1], "highest": max(values), "mean": fmean(values)}[curve.told]
+    where = "held out" if held_out and curve.train else "" if curve.told == "last" else curve.told
+    return " ".join(part for part in (name, worded(value, curve.unit), where) if part)
 
 
 def worded(value: float, unit: Unit) -> str:
     """Return a value of a curve as text."""
-    from accel_distill import figures
-
     if unit == "share":
         return f"{value:.2%}"
     if unit in ("bytes", "count"):
