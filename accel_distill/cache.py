@@ -152,6 +152,12 @@ class TeacherCache:
             parts.append(self._shard(number).has_target if shard["untargeted"] else all_have)
         return np.concatenate(parts)[self._order]
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(len,) int64: the tokens of each item; opens every shard once, which hashes it (about 1 GB/s)."""
+        parts = [np.zeros(0, np.int64), *(self._shard(number).lengths for number in range(len(self._shards)))]
+        return np.concatenate(parts)[self._order]
+
     @property
     def shard_of_item(self) -> np.ndarray:
         """(len,) int64: the number of the shard that each item is in."""
@@ -250,6 +256,7 @@ class _Shard:
             check_dealing(record, header, self._reader.sample_index)
         self.sample_indices = self._reader.sample_index
         self.has_target = self._reader.row_positions > 0
+        self.lengths = self._reader.row_tokens
         self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens)) if by_blocks else None
         self._blocks: dict[int, _Block] = {}
 

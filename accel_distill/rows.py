@@ -166,6 +166,11 @@ class RowReader:
         return {name: self._file.stored_bytes(name) for name in row_columns(self._method, self._parameter)}
 
     @property
+    def row_tokens(self) -> np.ndarray:
+        """(rows,): how many tokens each row has."""
+        return np.diff(self._starts["tokens"])
+
+    @property
     def row_positions(self) -> np.ndarray:
         """(rows,): how many positions of each row carry a target."""
         return np.diff(self._starts["positions"])

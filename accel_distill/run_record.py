@@ -99,7 +99,10 @@ def _described(model: "nn.Module") -> dict[str, Any]:
     parameters = list(model.parameters())
     sizes = [getattr(each, "ds_numel", each.numel()) for each in parameters]  # ZeRO-3 has divided them already
     trained = [size for size, each in zip(sizes, parameters, strict=True) if each.requires_grad]
-    return {"class": type(model).__name__, "parameters": sum(sizes), "trained_parameters": sum(trained)}
+    inner: Any = model
+    if hasattr(model, "get_base_model"):  # of peft
+        inner = inner.get_base_model()
+    return {"class": type(inner).__name__, "parameters": sum(sizes), "trained_parameters": sum(trained)}
 
 
 def _cache(cache: "TeacherCache") -> dict[str, Any]:

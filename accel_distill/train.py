@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from accel_distill.adapters import add_adapters, check_same_adapters, merge_adapters, require_peft
 from accel_distill.cache import TeacherCache
 from accel_distill.checkpoint_record import CheckpointRecord, DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
@@ -28,13 +29,24 @@ from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_conf
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
 from accel_distill.losses import Objective
 from accel_distill.manifest import differences, read_plan
+from accel_distill.packs import PackedCache
+from accel_distill.padding import padding_report
 from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
+from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
 from accel_distill.run_record import run_record, write_run_record
+from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import sharded_by
+from accel_distill.training_arguments import (
+    BY_LENGTH,
+    default_report_to,
+    is_packed,
+    library_arguments,
+    sharded_by,
+)
+from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -46,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.train")
-        try:
-            train(load_config(path, overrides))
-        finally:
-            leave_processes()
+        with stop_on_signals():
+            try:
+                train(load_config(path, overrides))
+            finally:
+                leave_processes()
         return 0
 
     return exit_with(run)
@@ -62,9 +75,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     `trainer_state.json` with the log and `run.yaml`. Raises the RunErrors of errors.py. Every rank of the run
     calls it.
     """
-    if config.student is None:
+    student = config.student
+    if student is None:
         raise ConfigError("student: is missing; training needs student.model or student.config")
     _refuse_unlaunched(config.training)
+    if student.lora is not None:
+        require_peft()
     world = start_processes()
     world.set_up_logging()
     cache = world.from_main(lambda: _open(config))
@@ -75,8 +91,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         world.from_main(lambda: check_resumable(Path(checkpoint), record))
     if arguments.deepspeed_plugin is not None:
         join_deepspeed()
-    trainer = _make_trainer(config, cache, config.student, arguments)
+    trainer = _make_trainer(config, cache, student, arguments)
+    if checkpoint:
+        world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
     trainer.add_callback(CheckpointRecord(**asdict(record)))
+    use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
@@ -85,6 +104,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         how = {"world_size": world.world_size, "distributed_type": distributed_type}
         write_run_record(output_dir, run_record(trainer.model, cache, full_logits=trainer.full_logits, **how))
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
+    if student.lora is not None and student.lora.merge:
+        world.from_main(lambda: _merge(student, cache, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
         print(summary(metrics, output_dir=arguments.output_dir), flush=True)
@@ -111,6 +132,8 @@ def _open(config: RunConfig) -> TeacherCache:
             f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
             "from the teacher again"
         )
+    if is_packed(config.training) or config.training.get("train_sampling_strategy") == BY_LENGTH:
+        _ = cache.lengths  # read once, and handed to the other ranks with the cache
     return cache
 
 
@@ -119,7 +142,15 @@ def _data_record(
 ) -> DataRecord:
     """Return what the run's checkpoints say of its data."""
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
-    return DataRecord(cache.cache_id, cache.samples, cache.content_sha256, config.dataset.eval_samples, batch)
+    return DataRecord(
+        cache.cache_id,
+        cache.samples,
+        cache.content_sha256,
+        config.dataset.eval_samples,
+        batch,
+        packing=is_packed(config.training),
+        sampling=str(arguments.train_sampling_strategy),
+    )
 
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:
@@ -187,11 +218,11 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
                 f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
             )
     defaults = {
-        "report_to": "none",
+        "report_to": default_report_to(),
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
-    values = {**values, "resume_from_checkpoint": _checkpoint(values)}
+    values = library_arguments(values) | {"resume_from_checkpoint": _checkpoint(values)}
     try:
         arguments = TrainingArguments(**{**defaults, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -261,31 +292,54 @@ def _make_trainer(
     config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
 ) -> DistillationTrainer:
     tokenizer = load_tokenizer(cache.tokenizer_path)
-    sizes: dict[str, Any] = {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
     # from scratch: the same weights whatever the backend; pretrained: divided while they are read
     with whole_weights(arguments) if student.model is None else nullcontext():
-        model = load_student(student, tokenizer, **sizes)
+        model: Any = load_student(student, tokenizer, **_sizes(cache, arguments))
+    if student.lora is not None and student.model is not None:
+        model = add_adapters(model, student.lora, name=student.model, revision=student.revision, seed=arguments.seed)
     training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
     _check_evaluation(arguments, held_out)
     _make_directory(arguments.output_dir)
     samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
+    is_plain = not is_packed(config.training)
+    rows: Any = Subset(samples, training) if is_plain else PackedCache(cache, training, most=cache.max_length)
+    if report := padding_report(rows, Subset(samples, training), arguments):
+        log.info("%s", report)
     return DistillationTrainer(
         model,
         arguments,
         objective=objective(config.loss, cache),
         data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
-        train_dataset=Subset(samples, training),
+        train_dataset=rows,
         eval_dataset=Subset(samples, held_out) if held_out else None,
         processing_class=tokenizer,
     )
 
 
+def _sizes(cache: TeacherCache, arguments: TrainingArguments) -> dict[str, Any]:
+    """Return what `load_student` wants to know beside the student's section and the tokenizer."""
+    return {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
+
+
+def _merge(student: StudentConfig, cache: TeacherCache, arguments: TrainingArguments) -> None:
+    """Save the whole student with its adapters merged in, in their stead."""
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    with whole_weights(arguments):
+        merge_adapters(
+            Path(arguments.output_dir), load=lambda: load_student(student, tokenizer, **_sizes(cache, arguments))
+        )
+
+
 def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     """Train, save the student, evaluate it; return what was measured."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    held_out = trainer.eval_dataset or ()
-    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "eval_samples": len(held_out)}
+    held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
+    metrics = {**result.metrics, "train_samples": rows, "eval_samples": len(held_out)}
+    if isinstance(trainer.train_dataset, PackedCache):
+        metrics["train_samples"] = samples = trainer.train_dataset.samples
+        metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
     if held_out:
         metrics |= trainer.evaluate()
         metrics["eval_calibration"] = trainer.calibration

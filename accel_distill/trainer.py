@@ -13,6 +13,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from accel_distill.errors import RunError
+from accel_distill.errors import ConfigError, RunError
 from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_jobs import SparseJob, sparse_chunks
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
+from accel_distill.packing_probe import packing_fault
 from accel_distill.recent_losses import RecentLosses
-from accel_distill.shuffle import window_sampler
+from accel_distill.shuffle import training_sampler
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,9 @@ class DistillationTrainer(Trainer):
         # sums of kd, ce, kl, the teacher's ce; positions
         self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
         self._has_gradient = False  # from its loss; seen in the first step
+        self._keeps_documents_apart = False  # in packed rows; proved in the first step
         self._clock: float | None = None  # when counting began, less the time of evaluations
+        self._waited = 0.0  # seconds for batches, since then
         self._recent = RecentLosses()
 
     def compute_loss(
@@ -79,7 +83,10 @@ class DistillationTrainer(Trainer):
 
         The outputs are empty: there are no logits to keep.
         """
-        self._clock = self._clock or time.perf_counter()
+        if "position_ids" in inputs and not self._keeps_documents_apart:
+            self._prove_packing(model)
+        if self._clock is None:
+            self._clock, self._waited = time.perf_counter(), 0.0
         positions = len(inputs["target_positions"])
         counted = torch.as_tensor(positions if num_items_in_batch is None else num_items_in_batch)
         factor = 1 / counted.clamp(min=1)  # a step without any target: 0 / 1, not 0 / 0
@@ -95,17 +102,23 @@ class DistillationTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Train on a micro-batch; of the first one with a target, see that the loss gives the student a gradient."""
+        """Train on a micro-batch; of the first one with a target, see that loss and KD give the student a gradient."""
         if self._has_gradient or not len(inputs["target_positions"]):
             return super().training_step(model, inputs, num_items_in_batch)
         largest: list[Tensor] = []
+        largest_kd: list[Tensor] = []
         self._head.watch = lambda gradient: largest.append(gradient.abs().max())
+        self._head.watch_kd = largest_kd.append if self.objective.kd_weight else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._head.watch, self._has_gradient = None, True
-        if not largest or largest[0] == 0:
+        self._head.watch, self._head.watch_kd, self._has_gradient = None, None, True
+        report = f"report the model ({type(self.model).__name__}) and how it is run"
+        if not any(largest):
             raise RunError(
-                "the loss of the first step gave the student no gradient, so it would learn nothing; report the model "
-                f"({type(self.model).__name__}) and how it is run"
+                f"the loss of the first step gave the student no gradient, so it would learn nothing; {report}"
+            )
+        if self.objective.kd_weight and not any(largest_kd):
+            raise RunError(
+                f"KD gave the student no gradient in the first step, so it would learn from labels only; {report}"
             )
         return loss
 
@@ -113,7 +126,8 @@ class DistillationTrainer(Trainer):
         """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
         self._check_losses()
         if "loss" in logs:  # on every process alike
-            *sums, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
+            counted = torch.cat([self._since_log, self._since_log.new_tensor([self._waited])])
+            *sums, positions, waited = self.accelerator.reduce(counted, reduction="sum").tolist()
             self._since_log.zero_()
             logs |= {
                 name: total / max(positions, 1)
@@ -121,19 +135,37 @@ class DistillationTrainer(Trainer):
             }
             now = time.perf_counter()
             logs["positions"] = int(positions)  # since the last time
-            logs["positions_per_second"] = positions / max(now - (self._clock or now), 1e-9)
+            seconds = max(now - (self._clock or now), 1e-9)
+            logs["positions_per_second"] = positions / seconds
+            logs["data_wait_share"] = waited / self.args.world_size / seconds
             logs["peak_memory_bytes"] = peak_memory(self.args.device)
-            self._clock = now
+            self._clock, self._waited = now, 0.0
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Read a cache through windows of its shards; the epoch is the Trainer's own, also after a resumption."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = window_sampler(dataset, seed=seed, epoch=lambda: int(self.state.epoch or 0))
-        if sampler is None or self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        return sampler
+        sampler = training_sampler(dataset, self.args, epoch=lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Evaluate in the order of the samples, however training is grouped: the Trainer would ask for dicts."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Return the batches of a step, as the Trainer does; count how long they were waited for."""
+        return super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)
+
+    def _waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        started = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """Evaluate as the Trainer does; its time is not that of training."""
@@ -205,8 +237,53 @@ class DistillationTrainer(Trainer):
             with_peak,
         )
         # without labels: the model shall not compute a loss of its own
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return self._head.run(model, job, **batch, use_cache=False)
+        return self._head.run(model, job, **self._model_inputs(inputs), use_cache=False)
+
+    def _model_inputs(self, inputs: Batch) -> Batch:
+        """Return what the model reads of a batch; flash attention takes packed rows for such only if there is one."""
+        packed = "position_ids" in inputs
+        batch = {name: inputs[name] for name in ("input_ids", "position_ids" if packed else "attention_mask")}
+        if packed and "flash" in (getattr(self._student.config, "_attn_implementation", None) or ""):
+            batch = {name: part.flatten()[None] for name, part in batch.items()}  # positions b * T + t stay
+        return batch
+
+    @property
+    def _student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _prove_packing(self, model: nn.Module) -> None:
+        """Raise ConfigError, on every process, where the student mixes the documents of a packed row."""
+
+        def logits(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            inputs = self._model_inputs({"input_ids": input_ids, "position_ids": position_ids})
+            return model(**inputs, use_cache=False).logits
+
+        args, student = self.args, self._student
+        half = args.bf16 or args.fp16 or next(student.parameters()).dtype in (torch.bfloat16, torch.float16)
+        model.eval()
+        try:
+            fault, is_shown = packing_fault(
+                logits,
+                vocab_size=student.config.get_text_config().vocab_size,
+                rows=min(args.per_device_train_batch_size, 2),
+                half=half,
+                device=args.device,
+            )
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of the model's own code
+            fault, is_shown = f"it fails: {type(error).__name__}: {' '.join(str(error).split())}", True
+        model.train()
+        found = [(fault, is_shown)] if args.world_size == 1 else gather_object([(fault, is_shown)])
+        if fault := next((fault for fault, _ in found if fault), ""):
+            raise ConfigError(
+                f"training.packing: {type(student).__name__} does not keep the samples of a row apart ({fault}); leave "
+                "packing out, or take training.train_sampling_strategy=group_by_length"
+            )
+        if not all(is_shown for _, is_shown in found):
+            log.warning(
+                "training.packing: the student's tokens do not yet depend on those before them, so that it keeps the "
+                "samples of a row apart could not be shown"
+            )
+        self._keeps_documents_apart = True
 
     def _sample_sums(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return what evaluation counts, summed over the positions of each sample: (B, SUMS) float32."""

@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from accel_distill.processes import check_backend
 from accel_distill.run_record import read_run_record
 from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
+from accel_distill.training_arguments import INTEGRATIONS
 
 VOCAB = len(make_tokenizer())
 SAMPLES = 41
@@ -529,6 +533,8 @@ def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path)
         "content_sha256": cache.content_sha256,
         "eval_samples": HELD_OUT,
         "global_batch": 4,
+        "packing": False,
+        "sampling": "random",
     }
 
 
@@ -538,13 +544,19 @@ def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path)
         (
             {"training": {"per_device_train_batch_size": 2}},
             ConfigError,
-            "a step takes 2 samples in this run .* and took 4 in .*checkpoint-2",
+            "a step takes 2 rows in this run .* and took 4 in .*checkpoint-2",
         ),
-        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 samples .* and took 4"),
+        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 rows .* and took 4"),
         (
             {"dataset": {"eval_samples": 5, "max_samples": SAMPLES}},
             ConfigError,
             f"dataset.eval_samples is 5 in this run and {HELD_OUT} in",
+        ),
+        ({"training": {"packing": True}}, ConfigError, "training.packing is true in this run and false in .*; set it"),
+        (
+            {"training": {"train_sampling_strategy": "group_by_length"}},
+            ConfigError,
+            "train_sampling_strategy is group_by_length in this run and random in",
         ),
     ],
 )
@@ -603,6 +615,18 @@ def test_the_advice_about_another_cache_can_be_followed(tmp_path: Path, changes:
     assert ("set it back" in str(caught.value)) == ("cache_id" in changes)
 
 
+def test_a_record_without_the_newer_fields_is_one_of_plain_rows(tmp_path: Path) -> None:
+    then = DataRecord(cache_id="a", samples=26, content_sha256="a", eval_samples=2, global_batch=4)
+    older = {name: value for name, value in asdict(then).items() if name not in ("packing", "sampling")}
+    state = {"stateful_callbacks": {"CheckpointRecord": {"args": older}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    check_resumable(tmp_path, then)
+    check_resumable(tmp_path, replace(then, sampling="sequential"))
+    for now in ({"packing": True}, {"sampling": "group_by_length"}):
+        with pytest.raises(ConfigError, match="set it back"):
+            check_resumable(tmp_path, replace(then, **now))
+
+
 def test_batch_and_accumulation_may_change_where_their_product_stays(
     run: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
@@ -643,3 +667,81 @@ def test_the_global_batch_counts_devices_accumulation_and_processes(
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
     record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
     assert record.global_batch == global_batch
+
+
+def test_the_log_goes_to_tensorboard_below_the_output_directory_unless_the_run_file_says_otherwise(
+    run: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(configured(run, tmp_path))
+    (events,) = (tmp_path / "runs").iterdir()
+    read = EventAccumulator(str(events))
+    read.Reload()
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for name in ("kd", "kl", "ce", "loss"):
+        written = [(event.step, event.value) for event in read.Scalars(f"train/{name}")]
+        assert written == [(line["step"], pytest.approx(line[name])) for line in log if "kd" in line]
+        assert len(written) == 4
+    assert [event.step for event in read.Scalars("eval/top1_agreement")] == [4]
+    train(configured(run, tmp_path / "none", training={"max_steps": 1, "report_to": "none"}))
+    assert not (tmp_path / "none" / "runs").exists()
+
+
+def test_another_integration_of_the_trainer_is_taken_by_its_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    heard: list[dict[str, float]] = []
+
+    class Heard(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            heard.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Heard)
+    monkeypatch.setitem(INTEGRATIONS, "trackio", ("trackio", ()))  # as if it were installed
+    train(configured(run, tmp_path, training={"max_steps": 2, "logging_steps": 1, "report_to": ["trackio"]}))
+    assert [logs["kl"] > 0 for logs in heard if "kl" in logs] == [True, True]
+    assert any("eval_top1_agreement" in logs for logs in heard)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_ends_training_with_its_status_and_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    endless = {"max_steps": 1_000_000, "logging_steps": 10, "per_device_train_batch_size": 2}
+    path.write_text(resolved_yaml(configured(run, out, training={"output_dir": str(out), **endless})))
+
+    def stop() -> None:
+        while not list(out.glob("runs/*/events*")):  # it is past its first steps
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert main(["--config", str(path)]) == 143
+    assert "stopped by SIGTERM; what was published or saved is kept" in capsys.readouterr().err
+
+
+def test_packed_training_says_what_it_saves_and_counts_samples(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = train(configured(run, tmp_path, training={"packing": True, "max_steps": -1, "num_train_epochs": 1}))
+    cache = TeacherCache(run / "cache")
+    training = [item for item in range(HELD_OUT, len(cache)) if cache.has_target[item]]
+    assert metrics["train_samples"] == len(training) and metrics["eval_samples"] == HELD_OUT
+    said = re.search(r"packed (\d+) samples into (\d+) rows of at most (\d+) tokens: ([\d.]+)% of the", caplog.text)
+    assert said is not None
+    assert int(said[1]) == len(training) > int(said[2]) and int(said[3]) == MAX_LENGTH
+    steps = [line for line in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "kd" in line]
+    assert len(steps) == -(-int(said[2]) // 4)
+    plain = train(configured(run, tmp_path / "plain", training={"max_steps": 1}))
+    assert metrics["eval_positions"] == plain["eval_positions"]
+
+
+def test_grouped_training_says_what_it_saves(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(configured(run, tmp_path, training={"train_sampling_strategy": "group_by_length"}))
+    said = re.search(r"grouped \d+ samples by length: ([\d.]+)% of the batches is padding, ([\d.]+)%", caplog.text)
+    assert said is not None and float(said[1]) < float(said[2])
