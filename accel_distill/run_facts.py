@@ -30,7 +30,7 @@ def facts(run: Run) -> list[tuple[str, Facts]]:
     return [(title, said) for title, values in groups if (said := [(name, text) for name, text in values if text])]
 
 
-LOSS = ("divergence", "kd_weight", "ce_weight", "top_k_tail")
+LOSS = ("divergence", "kd_weight", "ce_weight")
 
 
 def subtitle(run: Run) -> str:
