@@ -26,6 +26,8 @@ usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` e
   inspect CACHE [--json]                        say what is in a cache
   verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
   audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
+  report RUN [--baseline RUN] [--open]          write a training run as one HTML file: figures, curves, positions
+  compare RUN RUN ... [--json]                  put training runs side by side, in a table and an HTML file
   sizes --bytes-per-position X --positions-per-second Y
                                                 print what caches take, from 10 k to 100 M samples
   demo                                          the whole way on a small example, in minutes on a CPU
@@ -94,6 +96,20 @@ def audit(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """Write a training run as one HTML file."""
+    from accel_distill import report as command
+
+    return command.main(argv)
+
+
+def compare(argv: list[str]) -> int:
+    """Put training runs side by side."""
+    from accel_distill import compare as command
+
+    return command.main(argv)
+
+
 def sizes(argv: list[str]) -> int:
     """Print what caches of several sizes take."""
     from accel_distill import sizes as command
@@ -115,6 +131,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "verify": verify,
     "audit": audit,
+    "report": report,
+    "compare": compare,
     "sizes": sizes,
     "demo": demo,
 }
