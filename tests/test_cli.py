@@ -133,7 +133,7 @@ def test_init_shows_every_key_of_every_section_with_its_default(tmp_path: Path) 
     with_defaults, without = load_config(shown), load_config(TEMPLATE)
     sections_of = [config.model_dump(exclude={"training"}) for config in (with_defaults, without)]
     assert sections_of[0] == sections_of[1]
-    ours = {"packing": False, "train_sampling_strategy": "random"}
+    ours = {"packing": False, "train_sampling_strategy": "random", "report_to": "tensorboard"}
     assert with_defaults.training == without.training | ours  # what it shows of the many keys of that section
     assert set(RunConfig.model_fields) == {*sections, "training"}
 
