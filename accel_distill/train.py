@@ -38,13 +38,7 @@ from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import (
-    BY_LENGTH,
-    default_report_to,
-    is_packed,
-    library_arguments,
-    sharded_by,
-)
+from accel_distill.training_arguments import default_report_to, is_grouped, is_packed, library_arguments, sharded_by
 from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
@@ -129,7 +123,7 @@ def _open(config: RunConfig) -> TeacherCache:
             f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
             "from the teacher again"
         )
-    if is_packed(config.training) or config.training.get("train_sampling_strategy") == BY_LENGTH:
+    if is_packed(config.training) or is_grouped(config.training):
         _ = cache.lengths  # read once, and handed to the other ranks with the cache
     return cache
 

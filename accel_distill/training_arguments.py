@@ -103,6 +103,11 @@ def is_packed(values: Mapping[str, Any]) -> bool:
     return bool(values.get(PACKING))
 
 
+def is_grouped(values: Mapping[str, Any]) -> bool:
+    """Return whether section `training` asks for steps of samples of about equal length."""
+    return values.get("train_sampling_strategy") == BY_LENGTH
+
+
 def library_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return section `training` without the keys that are not those of TrainingArguments."""
     return {name: value for name, value in values.items() if name != PACKING}
@@ -176,7 +181,7 @@ def _check_bounds(name: str, value: Any) -> None:
 def _check_packing(values: Mapping[str, Any]) -> None:
     if not isinstance(values[PACKING], bool):
         raise WrongValue(PACKING, mismatch(values[PACKING], WORDS["bool"]))
-    if values[PACKING] and values.get("train_sampling_strategy") == BY_LENGTH:
+    if values[PACKING] and is_grouped(values):
         raise WrongValue(PACKING, f"is true, and train_sampling_strategy is {BY_LENGTH}; expected one of the two")
 
 
