@@ -25,6 +25,7 @@ from accel_distill.manifest import (
     read_record,
 )
 from accel_distill.rows import RowReader
+from accel_distill.screen import labelled, terminal_width
 from accel_distill.shard import HEADER_BYTES
 
 COUNTS = ("samples", "sequences", "tokens", "positions", "empty", "truncated", "untargeted", "nonfinite")
@@ -40,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         found = inspect_cache(arguments.cache)
         ramp = RAMP if (sys.stdout.encoding or "").lower().startswith("utf") else PLAIN_RAMP
-        print(json.dumps(found, indent=1) if arguments.json else as_text(found, ramp=ramp))
+        print(
+            json.dumps(found, indent=1)
+            if arguments.json
+            else as_text(found, ramp=ramp, width=terminal_width(sys.stdout))
+        )
         return 0
 
     return exit_with(run)
@@ -99,8 +104,11 @@ def inspect_cache(path: Path, *, most_shards: int | None = None) -> dict[str, An
     }
 
 
-def as_text(found: dict[str, Any], *, ramp: str = RAMP) -> str:
-    """Return what `inspect_cache` found as lines for people; bars are drawn with the characters of `ramp`."""
+def as_text(found: dict[str, Any], *, ramp: str = RAMP, width: int | None = None) -> str:
+    """Return what `inspect_cache` found as lines for people; bars are drawn with the characters of `ramp`.
+
+    On a terminal lines are broken before its `width`.
+    """
     state = "complete" if found["complete"] else "NOT complete: run the same generate command again"
     cap = "no sample cap" if found["max_samples"] is None else f"max_samples {found['max_samples']:,}"
     teacher, dataset = found["identity"]["teacher"], found["identity"]["dataset"]
@@ -121,8 +129,9 @@ def as_text(found: dict[str, Any], *, ramp: str = RAMP) -> str:
         "layout": f"{_count(found['lanes'], 'lane')}, {_count(found['samples_per_shard'], 'sample')} a shard",
         "identity": found["cache_id"],
     }
-    lines = [f"{name:9}{value}" for name, value in rows.items()]
-    lines += [f"{'drift':9}{sentence}" for sentence in drift_sentences(found["drift"])]
+    lines = labelled(rows, at=9, width=width)
+    for sentence in drift_sentences(found["drift"]):
+        lines += labelled({"drift": sentence}, at=9, width=width)
     if found["positions"]:
         kinds = ", ".join(f"{kind} {size:.2f}" for kind, size in bytes_by_kind(found).items())
         lines += [

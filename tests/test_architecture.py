@@ -24,6 +24,7 @@ FLOORS = {
     "packing": 0,
     "packing_probe": 0,
     "regular_file": 0,
+    "screen": 0,
     "text_hash": 0,
     "turns": 0,
     "uniforms": 0,
