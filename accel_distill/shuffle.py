@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Sampler, Subset
 
 from accel_distill.cache import MOST_OPEN, OPEN_BYTES, TeacherCache
+from accel_distill.text_rows import MapRows
 
 
 class WindowSampler(Sampler[int]):
@@ -49,8 +50,10 @@ class WindowSampler(Sampler[int]):
 
 
 def window_sampler(dataset: object, *, seed: int, epoch: Callable[[], int]) -> WindowSampler | None:
-    """Return the sampler for a `TeacherCache` or a `Subset` of one; None for another dataset."""
+    """Return the sampler for a `TeacherCache`, a `Subset` of one or `MapRows`; None for another dataset."""
     cache = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if isinstance(cache, MapRows):  # any order costs the same: one window
+        return WindowSampler(np.zeros(len(cache), np.int64), np.zeros(1, np.int64), seed=seed, epoch=epoch)
     if not isinstance(cache, TeacherCache):
         return None
     shards = cache.shard_of_item

@@ -19,6 +19,7 @@ from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, wr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill.cache import TeacherCache
+from accel_distill.cached_data import objective, split_items
 from accel_distill.checkpoint_record import DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import LossConfig, RunConfig, resolved_yaml
@@ -26,7 +27,7 @@ from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
-from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
+from accel_distill.train import main, samples_of_a_step, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 
 VOCAB = len(make_tokenizer())
@@ -618,5 +619,4 @@ def test_the_global_batch_counts_devices_accumulation_and_processes(
 ) -> None:
     config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
-    record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
-    assert record.global_batch == global_batch
+    assert samples_of_a_step(arguments, world_size=world_size) == global_batch
