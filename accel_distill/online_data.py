@@ -72,8 +72,8 @@ class OnlineData:
         steps = -(-len(rows) // multiple // arguments.gradient_accumulation_steps)
         if arguments.max_steps > steps:
             raise ConfigError(
-                f"training.max_steps is {arguments.max_steps:,}, but dataset.max_samples leaves {rows.samples:,} samples"
-                f" to train on, which are {steps:,} steps, and a stream is read once; lower it, or raise "
+                f"training.max_steps is {arguments.max_steps:,}, but dataset.max_samples leaves {rows.samples:,} "
+                f"samples to train on, which are {steps:,} steps, and a stream is read once; lower it, or raise "
                 "dataset.max_samples"
             )
         log.info("at most %s samples to train on, %s held out", f"{rows.samples:,}", f"{dataset.eval_samples:,}")

@@ -295,7 +295,7 @@ def test_code_beside_the_tokenizer_of_a_cache_does_not_run(
         (["--samples", "0"], 2, "--samples 0: expected at least 1"),
         (["--samples", "many"], 2, "invalid int value"),
         (["teacher.model=/nowhere/model"], 2, "/nowhere/model is not a directory here"),
-        (["teacher.modle=x"], 2, "did you mean 'model'"),
+        (["teacher.modell=x"], 2, "did you mean 'model'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(
