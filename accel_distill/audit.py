@@ -104,7 +104,7 @@ def audit(cache: TeacherCache, config: RunConfig, *, samples: int, seed: int) ->
         )
     sampling = Sampling(cache.method, cache.parameter, cache.temperature, identity["targets"]["seed"])
     recomputer = Recomputer(
-        teacher.model, head_chunk=config.teacher.head_chunk, valid_ids=cache.tokenizer_size, sampling=sampling
+        teacher, head_chunk=config.teacher.head_chunk, valid_ids=cache.tokenizer_size, sampling=sampling
     )
     items = choose(cache, samples=samples, seed=seed)
     total = nothing()

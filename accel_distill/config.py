@@ -66,6 +66,13 @@ def _checked_reserve(value: Any) -> Any:
     return value
 
 
+def _checked_modules(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if value is not None and not (names and all(isinstance(name, str) and name for name in names)):
+        raise WrongValue("", mismatch(value, "text or a list of texts"))
+    return value
+
+
 def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
     check_training(values)
     return {name: _expand_user(value) if name == "output_dir" else value for name, value in values.items()}
@@ -73,6 +80,7 @@ def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
 
 Text = Annotated[str, Field(min_length=1)]
 Place = Annotated[Text, AfterValidator(_expand_user)]  # a name on the hub, or a path
+Names = Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Weight = Annotated[float, Field(ge=0)]
@@ -80,6 +88,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Power = Annotated[float, Field(gt=0, le=10)]
 Size = Annotated[int | str, BeforeValidator(_checked_size)]
 Reserve = Annotated[int | str, BeforeValidator(_checked_reserve)]
+Modules = Annotated[str | list[str], BeforeValidator(_checked_modules)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -102,6 +111,14 @@ class TeacherConfig(Section):
     head_chunk: Count = 256  # positions whose logits exist at once
     quantization: dict[str, Any] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where a logit is NaN or infinite
+    parallelism: Literal["replicate", "auto", "zero3", "fsdp"] = "replicate"  # whole in each process, or not
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if self.quantization and self.parallelism in ("zero3", "fsdp"):
+            problem = f"is {self.parallelism}, which divides no quantized weights; expected replicate or auto"
+            raise WrongValue("parallelism", problem)
+        return self
 
 
 class DatasetConfig(Section):
@@ -174,6 +191,22 @@ class CacheConfig(Section):
     allow_partial: bool = False  # train on what is there of a cache that is not complete
 
 
+class LoraSection(Section):
+    """Adapters on a pretrained student: peft's LoraConfig, those of its fields that need nothing but their value."""
+
+    r: Count = 8
+    lora_alpha: Count = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Modules = "all-linear"  # all but the head; or names, or a regular expression
+    exclude_modules: Annotated[str | list[str] | None, BeforeValidator(_checked_modules)] = None
+    modules_to_save: Names | None = None  # trained whole, and saved with the adapters
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    rank_pattern: dict[Text, Count] = {}
+    alpha_pattern: dict[Text, Count] = {}
+    merge: bool = False  # ours: save the whole student, with the adapters merged into it
+
+
 class StudentConfig(Section):
     """The model that is trained: pretrained (`model`), or from scratch (`config`: a model_type and sizes)."""
 
@@ -183,6 +216,7 @@ class StudentConfig(Section):
     dtype: Dtype = "float32"
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
+    lora: LoraSection | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "StudentConfig":
@@ -193,6 +227,9 @@ class StudentConfig(Section):
             raise WrongValue("config", f"{problem} (student.model=null unsets it)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise WrongValue("config.model_type", "is missing; expected an architecture, such as llama")
+        if self.lora is not None and self.model is None:
+            problem = "adapters train a model that is there already, and student.config makes a random one"
+            raise WrongValue("lora", f"{problem}; set student.model, or leave student.lora out")
         return self
 
 
@@ -273,6 +310,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate({**needed, **given})
     except ValidationError as error:
         keys = {name: list(section.model_fields) if section else [] for name, section in SECTIONS.items()}
+        keys["student.lora"] = list(LoraSection.model_fields)
         raise ConfigError(first_mistake(error, source=str(path), overrides=replaced, sections=keys)) from error
 
 

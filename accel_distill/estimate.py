@@ -106,7 +106,9 @@ def estimate(
         "device_bytes": measured.device_bytes if measured else None,
         "device": measured.device if measured else None,
         "alternatives": _alternatives(plan, shard, others),
-        "assumptions": _assumptions(plan, measured, positions_per_second, device=device),
+        "assumptions": _assumptions(
+            plan, measured, positions_per_second, device=device, parallelism=config.teacher.parallelism
+        ),
     }
 
 
@@ -236,7 +238,9 @@ def _host_bytes(plan: Plan, probe: Probe) -> float:
     return probe.host_bytes + texts + IN_HAND * probe.target_bytes * positions
 
 
-def _assumptions(plan: Plan, probe: Probe | None, rate: float | None, *, device: torch.device) -> list[str]:
+def _assumptions(
+    plan: Plan, probe: Probe | None, rate: float | None, *, device: torch.device, parallelism: str
+) -> list[str]:
     """Return what the figures rest on, in sentences."""
     lengths, processes = plan.lengths, number_of(plan.processes, "process")
     said = []
@@ -259,6 +263,11 @@ def _assumptions(plan: Plan, probe: Probe | None, rate: float | None, *, device:
         )
     else:
         said.append(f"{processes}, each on a device of its own like this one ({probe.device})")
+    if probe is not None and parallelism != "replicate":
+        said.append(
+            f"teacher.parallelism is {parallelism}: one process measured it over all devices of this machine, and the "
+            "memory of a device is that of the first; what processes that share a teacher send each other is not there"
+        )
     if plan.space.room().used:
         said.append("bytes and time are those of the whole cache, also of what is there already")
     if rate is None and probe is not None:

@@ -101,9 +101,9 @@ def _problem(mistake: ErrorDetails, sections: Mapping[str, Iterable[str]]) -> st
 
 
 def _unknown(place: tuple[int | str, ...], sections: Mapping[str, Iterable[str]]) -> str:
-    word = str(place[-1])
+    word, home = str(place[-1]), ".".join(map(str, place[:-1]))
     homes = [f"{section}.{word}" for section, keys in sections.items() if word in keys]
     if homes:
         return f"unknown key; did you mean {' or '.join(homes)}?"
-    valid = sorted(sections if len(place) == 1 else sections[str(place[0])])
+    valid = sorted(sections[home] if home else (name for name in sections if "." not in name))
     return f"unknown key; {did_you_mean(word, valid) or 'expected one of ' + ', '.join(valid)}"

@@ -25,6 +25,16 @@ def duration(seconds: float) -> str:
     return _scaled(seconds, TIMES)
 
 
+def rough_duration(seconds: float) -> str:
+    """Return a time that is not known to the second: 95 s, 72 min, 17 h 5 min, 3.2 days."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 1440:.1f} days"
+
+
 def number_of(count: int, noun: str) -> str:
     """Return a number of things: 1 process, 2,000 processes."""
     plural = noun + ("es" if noun.endswith("s") else "s")

@@ -8,21 +8,20 @@ its gradient is reduced. What comes out in the place of the logits is a zero tha
 does to its logits afterwards, soft-capping included, has a known derivative at zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from accel_distill.head_jobs import DenseJob, Peak, SparseJob, Taken, peak_of
+from accel_distill.head_jobs import DenseJob, Peak, SparseJob, Taken, Watch, largest_gradient, peak_of
 from accel_distill.lm_head import LMHead
 from accel_distill.losses import Losses
 
 WEIGHT_ROWS = 32_768  # rows of a half-precision head whose gradient is made at once, before it is added in float32
 
 Job = SparseJob | DenseJob
-Watch = Callable[[Tensor], None]  # is given a gradient that the loss made, of hidden states or logits, in backward
 
 
 class Ran(NamedTuple):
@@ -42,7 +41,8 @@ class FusedHead:
         self._plain = head.linear.forward
         self._job: Job | None = None
         self._taken: list[Taken] = []
-        self.watch: Watch | None = None
+        self.watch: Watch | None = None  # is given the loss's gradient, of hidden states, in backward
+        self.watch_kd: Watch | None = None  # is told the largest gradient by logits of KD alone, of each chunk
         head.linear.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def run(self, model: nn.Module, job: Job, **inputs: Any) -> Ran:
@@ -106,7 +106,7 @@ class FusedHead:
                 logits.add_(bias)
             self._head.transform_(logits)
             capped = logits.clone() if any(wanted) and self._head.softcap is not None else None
-            self._taken.append(job.take(logits, index, with_gradient=any(wanted)))
+            self._taken.append(job.take(logits, index, with_gradient=any(wanted), watch_kd=self.watch_kd))
             if not any(wanted):
                 continue
             self._head.chain_(logits, capped)
@@ -128,6 +128,7 @@ class FullLogits:
     """
 
     watch: Watch | None = None
+    watch_kd: Watch | None = None
 
     def run(self, model: nn.Module, job: Job, **inputs: Any) -> Ran:
         """Run the model on `inputs` without labels, and take the losses of the job."""
@@ -139,6 +140,9 @@ class FullLogits:
             rows[:0].float().sum()
         )  # without a position: a gradient, of zero, that every process takes part in reducing
         for index, part in enumerate(job.parts):
+            if self.watch_kd is not None:
+                leaf = rows[part].detach().requires_grad_()
+                self.watch_kd(largest_gradient(job.plain(leaf, index).kd, [leaf]))
             losses = checkpoint(job.plain, rows[part], index, use_reentrant=False, preserve_rng_state=False)
             total = total + job.objective.weigh(losses)
             peak = peak_of(rows[part]) if job.with_peak else None

@@ -3,6 +3,7 @@
 The one decision: ranks share nothing but the file system once the cache is opened. Each walks the stream, makes the
 shards that are dealt to it, and looks at the end whether all are there; so uneven ends cannot hang, and a run that
 died goes on with the same command on any number of ranks. A thread of each looks whether the others are alive.
+Ranks that share a divided teacher meet before each of its forwards (`turns.py`), and nowhere else.
 """
 
 import functools
@@ -12,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from accel_distill.alive import Ranks, make_files
@@ -19,6 +21,7 @@ from accel_distill.command_line import GENERATE_FLAGS, parse_flagged
 from accel_distill.config import RunConfig, load_config, resolved_yaml
 from accel_distill.deal import shard_name
 from accel_distill.disk_space import DiskSpace
+from accel_distill.divided import check_parallelism, is_divided
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError, exit_with
 from accel_distill.hints import HintWriter, start_late
 from accel_distill.identity import Opening, open_for_generation, pinned
@@ -39,6 +42,7 @@ from accel_distill.manifest import (
 )
 from accel_distill.pipeline import ShardMaker
 from accel_distill.processes import World, leave_processes, refuse_sharding, start_processes
+from accel_distill.progress import Committed as Seen
 from accel_distill.progress import Progress
 from accel_distill.publish import replace, sync_directory, temporary_name, told_errors
 from accel_distill.reading import Reading
@@ -50,6 +54,7 @@ from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
 from accel_distill.teacher_mode import refuse_without_cache
 from accel_distill.tokens import SequenceRule, load_tokenizer
+from accel_distill.turns import Turns
 
 log = logging.getLogger("accel_distill.generate")  # under -m this module is __main__
 
@@ -88,7 +93,7 @@ def generate(
     """
     begun = time.monotonic()
     refuse_without_cache(config.teacher.mode, "generate")
-    refuse_sharding(os.environ)
+    refuse_sharding(os.environ, parallelism=config.teacher.parallelism)
     world = start_processes()
     world.set_up_logging()
     record, committed, run = world.from_main(
@@ -123,7 +128,8 @@ def _make(
     total = min((n for n in (config.dataset.max_samples, stream.length) if n is not None), default=None)
     done = sum(samples for samples, _ in committed.values())
     with Progress(total=total, done=done, world_size=world.world_size, shown=world.is_main) as progress:
-        watch = _Watch(record, progress)
+        watch = _Watch(record, progress, lookout.space)
+        watch.look(every=0.0)
         reading = _read(stream, record, committed, progress=progress)
         walk = _make_shards(config, record, world, reading, committed=committed, watch=watch, lookout=lookout)
         return _finish(record, walk, watch=watch, lookout=lookout)
@@ -146,6 +152,7 @@ def _open(
     config: RunConfig, world: World, *, allow_numerics_drift: bool, force: bool
 ) -> tuple[Record, dict[Place, Committed], str]:
     """Open the cache on rank 0, list what is committed (the only look that decides who makes what), name the run."""
+    check_parallelism(config.teacher.parallelism, world_size=world.world_size)
     if not force:
         refuse_what_cannot_fit(config, processes=world.world_size)
     log.info("%s on %s: opening %s", _count(world.world_size, "process"), world.device.type, config.cache.path)
@@ -205,8 +212,11 @@ def _make_shards(
         world_size=world.world_size,
         first_group=reading.index // group_samples,
     )
-    maker: ShardMaker | None = None
-    with shard_writer(record, lookout.space, published=lambda positions: watch.positions(-positions)) as write:
+    shared = is_divided(config.teacher.parallelism, world_size=world.world_size)
+    turns, maker = Turns(shared=shared, device=world.device), None
+    explained = lookout.explained() if shared else nullcontext()
+    writer = shard_writer(record, lookout.space, published=lambda positions: watch.positions(-positions))
+    with explained, writer as write:
 
         def report(positions: int) -> None:
             lookout.check()
@@ -216,16 +226,27 @@ def _make_shards(
         for shard in walk:
             lookout.check()
             lookout.space.check()
-            maker = maker or _load_maker(config, record, world)
+            if maker is None and turns.take(has_batch=True):
+                maker = _load_maker(config, record, world, turns)
+            assert maker is not None
             content = maker.compute(shard, report=report)
             write(lambda content=content, encode=maker.encode: (content, encode(content)))  # type: ignore[misc]
+        while turns.take(has_batch=False):  # others need this rank's part of the teacher
+            lookout.check()
+            write(None)
+            watch.look(every=LOOK_EVERY)
+            if maker is None:
+                maker = _load_maker(config, record, world, turns)
+            else:
+                maker.take_part()
     return walk
 
 
-def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
+def _load_maker(config: RunConfig, record: Record, world: World, turns: Turns) -> ShardMaker:
     teacher, dataset, targets = config.teacher, config.dataset, config.targets
     tokenizer = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
-    model = load_teacher(teacher, device=world.device, valid_ids=record.identity["tokenizer"]["size"])
+    valid_ids = record.identity["tokenizer"]["size"]
+    model = load_teacher(teacher, device=world.device, valid_ids=valid_ids, world_size=world.world_size)
     if model.vocab_size != record.vocab_size:
         raise ConfigError(
             f"teacher.model: {teacher.model} has an output layer of {model.vocab_size} ids, but its config says "
@@ -241,14 +262,16 @@ def _load_maker(config: RunConfig, record: Record, world: World) -> ShardMaker:
         sampling=Sampling(targets.sampled, float(targets.parameter), targets.temperature, targets.seed),
         tokens_per_batch=teacher.tokens_per_batch,
         on_nonfinite=teacher.on_nonfinite,
+        before_forward=functools.partial(turns.take, has_batch=True),
     )
 
 
 class _Watch:
     """Shows, on rank 0, this rank's positions and what all ranks have published, seen through the file system."""
 
-    def __init__(self, record: Record, progress: Progress) -> None:
-        self._record, self._progress, self._looked = record, progress, time.monotonic()
+    def __init__(self, record: Record, progress: Progress, space: DiskSpace) -> None:
+        self._record, self._progress, self._space = record, progress, space
+        self._looked = time.monotonic()
         self._before = listed_shards(record.path)
         self._headers: dict[tuple[int, int, int], ShardHeader] = {}
 
@@ -268,12 +291,16 @@ class _Watch:
                 if not is_gone(error):
                     raise
         longest = {shard[:2]: header for shard, header in sorted(self._headers.items())}.values()
-        positions = sum(header.positions for header in longest)
-        size = sum(HEADER_BYTES + header.payload_bytes for header in longest)
+        room = self._space.room()
         self._progress.committed(
-            sum(header.samples for header in longest),
-            made=sum(header.positions for shard, header in self._headers.items() if shard not in self._before),
-            bytes_per_position=size / positions if positions else None,
+            Seen(
+                samples=sum(header.samples for header in longest),
+                positions=sum(header.positions for header in longest),
+                made=sum(header.positions for shard, header in self._headers.items() if shard not in self._before),
+                shard_bytes=sum(HEADER_BYTES + header.payload_bytes for header in longest),
+                disk_bytes=room.used,
+                room_bytes=room.left,
+            )
         )
         self._looked = time.monotonic()
 

@@ -40,6 +40,7 @@ class Peak(NamedTuple):
 
 
 Taken = tuple[Losses, Peak | None]
+Watch = Callable[[Tensor], None]  # is given a gradient, or the largest value of one
 
 
 class SparseChunk(NamedTuple):
@@ -65,11 +66,11 @@ class SparseJob:
         """The positions of each chunk."""
         return [chunk.part for chunk in self.chunks]
 
-    def take(self, logits: Tensor, index: int, *, with_gradient: bool) -> Taken:
+    def take(self, logits: Tensor, index: int, *, with_gradient: bool, watch_kd: Watch | None = None) -> Taken:
         """Consume the logits (n, V) of a chunk: with a gradient, they become that of its weighted sum of losses.
 
         The ids of the target are taken out of their row and come back as their own gradients. All others have the
-        gradient g * softmax(z), with one g for each position.
+        gradient g * softmax(z), with one g for each position. `watch_kd` is told the largest gradient of KD alone.
         """
         _, labels, entries = self.chunks[index]
         temperature, vocab_size = self.objective.temperature, logits.shape[1]
@@ -88,7 +89,9 @@ class SparseJob:
             sums = [soft.sum(dim=-1)]
         sums = [logits.exp_().sum(dim=-1), *sums]
         leaves = [of_label - origin, of_entries - origin[at[0]], *(_log(total) for total in sums)]
-        losses, logsumexp, gradients = self._small(leaves, labels, entries, vocab_size, with_gradient=with_gradient)
+        losses, logsumexp, gradients = self._small(
+            leaves, labels, entries, vocab_size, with_gradient=with_gradient, watch_kd=watch_kd
+        )
         if with_gradient:
             label, ids, *rest = gradients
             tiny = torch.finfo(logits.dtype).tiny
@@ -105,7 +108,14 @@ class SparseJob:
         return self.objective.sparse(logits, labels, entries)
 
     def _small(
-        self, leaves: list[Tensor], labels: Tensor, entries: Entries, vocab_size: int, *, with_gradient: bool
+        self,
+        leaves: list[Tensor],
+        labels: Tensor,
+        entries: Entries,
+        vocab_size: int,
+        *,
+        with_gradient: bool,
+        watch_kd: Watch | None,
     ) -> tuple[Losses, Tensor, Sequence[Tensor]]:
         """Return (losses, logsumexp (n,), gradients of the weighted sum) from what the losses depend on.
 
@@ -122,6 +132,8 @@ class SparseJob:
             kd, kl = self.objective.from_outcomes(student, entries, vocab_size=vocab_size)
             losses = Losses(kd, ce, kl)
             gradients: Sequence[Tensor] = ()
+            if with_gradient and watch_kd is not None:
+                watch_kd(largest_gradient(kd, leaves))
             if with_gradient:
                 total = self.objective.weigh(losses)
                 gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
@@ -162,11 +174,13 @@ class DenseJob:
         count = len(self.positions)
         return [slice(start, min(start + self.size, count)) for start in range(0, count, self.size)]
 
-    def take(self, logits: Tensor, index: int, *, with_gradient: bool) -> Taken:
+    def take(self, logits: Tensor, index: int, *, with_gradient: bool, watch_kd: Watch | None = None) -> Taken:
         """Consume the logits (n, V) of a chunk: with a gradient, they become that of its weighted sum of losses."""
         with torch.set_grad_enabled(with_gradient):
             leaf = logits.detach().requires_grad_(with_gradient)
             losses = self.plain(leaf, index)
+            if with_gradient and watch_kd is not None:
+                watch_kd(largest_gradient(losses.kd, [leaf]))
             if with_gradient:
                 (gradient,) = torch.autograd.grad(self.objective.weigh(losses), leaf)
         found = Losses(*(loss.detach() for loss in losses))
@@ -179,6 +193,14 @@ class DenseJob:
         """Return the losses of the logits (n, V) of a chunk, with their gradients, in the plain way."""
         part = self.parts[index]
         return self.objective.dense(logits, self.labels[part], self.teacher_logits(part))
+
+
+def largest_gradient(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """Return the largest gradient of a summed loss, in absolute value; 0 where it depends on none of the leaves."""
+    if not loss.requires_grad:
+        return loss.new_zeros(())
+    found = torch.autograd.grad(loss.sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.abs().flatten() for part in found]).max()
 
 
 def peak_of(logits: Tensor) -> Peak:

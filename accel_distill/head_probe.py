@@ -38,6 +38,8 @@ def fuse_head(
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
     linear = model.get_output_embeddings()
+    if hasattr(linear, "modules_to_save"):  # peft's modules_to_save: the layer that is trained in its stead
+        linear = linear.modules_to_save["default"]
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return None, f"its output layer is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear"
     if model.base_model is model:

@@ -59,10 +59,10 @@ def separate_head(model: "PreTrainedModel") -> tuple[LMHead | None, str]:
     if model.base_model is model:
         return None, "it has no base model apart from its head"
     head = described_head(model, linear)
-    device = linear.weight.device
-    ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) % linear.out_features)[None]
-    expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    found = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    device = device_of(linear)
+    ids = (torch.arange(1, PROBE_TOKENS + 1) % linear.out_features)[None].to(device_of(model.get_input_embeddings()))
+    expected = model(input_ids=ids, use_cache=False).logits[0].float().to(device)
+    found = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].to(device)).float()
     if found.shape != expected.shape:
         return None, f"its head gives {tuple(found.shape)} and the model {tuple(expected.shape)}"
     difference = float((found - expected).abs().max())
@@ -78,3 +78,11 @@ def described_head(model: "PreTrainedModel", linear: nn.Linear) -> LMHead:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     return LMHead(linear, scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and 3
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes, which is not where accelerate keeps weights that it has moved off a device."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return next(module.parameters()).device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

@@ -6,6 +6,9 @@ what it sees reaches the main thread as an exception (see stopping.py), or at th
 
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from accel_distill import alive
@@ -14,6 +17,7 @@ from accel_distill.errors import RankStopped, RunError, Stopped, status_of
 from accel_distill.stopping import Stop
 
 DISK_EVERY = 3  # beats
+EXPLAINED_AFTER = alive.LOOKS_UNHELD + 2  # beats, until the death of a rank must have been seen
 
 
 class Lookout:
@@ -35,6 +39,19 @@ class Lookout:
         """Raise what the thread has seen."""
         if self._seen is not None:
             raise self._seen
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise what the thread sees of the other ranks in place of an error that came of it in a collective."""
+        try:
+            yield
+        except RuntimeError as error:  # of torch.distributed, when the connection to a rank is closed
+            end = time.monotonic() + EXPLAINED_AFTER * alive.BEAT
+            while time.monotonic() < end:
+                if self._seen is not None:
+                    raise self._seen from error
+                time.sleep(0.1)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -80,10 +80,12 @@ class OnlineData:
         return rows
 
     def targets(self, world: World, arguments: TrainingArguments) -> TargetsOf:
-        """Load the teacher, whole on every process, and return what makes the targets of a batch."""
+        """Load the teacher, as `teacher.parallelism` says, and return what makes the targets of a batch."""
         targets, valid_ids = self._config.targets, self._made_from["tokenizer"]["size"]
         with whole_weights(arguments):
-            teacher = load_teacher(self._config.teacher, device=world.device, valid_ids=valid_ids)
+            teacher = load_teacher(
+                self._config.teacher, device=world.device, valid_ids=valid_ids, world_size=world.world_size
+            )
         if teacher.vocab_size != self.vocab_size:
             raise ConfigError(
                 f"teacher.model: {self._config.teacher.model} has an output layer of {teacher.vocab_size} ids, but its "

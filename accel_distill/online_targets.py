@@ -40,33 +40,33 @@ class OnlineTargets:
     ) -> Taught:
         """Run the teacher on the batch; raise NotFinite where a logit that is sampled is not finite."""
         has_target = batch["labels"][:, 1:] != IGNORE_INDEX  # (B, T - 1)
-        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
-            logits_of = self._teacher.read(batch["input_ids"], batch["attention_mask"], has_target)
+        logits_of = self._teacher.read(batch["input_ids"], batch["attention_mask"], has_target)
         if self._sampling is None:
             return self._dense(batch, _Chunks(self._teacher, logits_of, labels_of(batch)), objective, factor, with_peak)
-        with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
-            found = self._sampled(batch, logits_of, self._sampling)
-        rows = _rows(batch)
+        found, rows = self._sampled(batch, logits_of, self._sampling), _rows(batch)
         job = sparse_job(batch, found.targets.entries(), objective, factor=factor, with_peak=with_peak)
         entropy = found.entropy.new_zeros(len(batch["input_ids"])).index_add_(0, rows, found.entropy)
         entropy = subtracted_entropy(entropy.float(), objective)
         ids, ends = found.targets.head_ids, found.targets.head_count.cumsum(0)
         return Taught(job, entropy, ids[ends - found.targets.head_count], found.logprob.float(), rows)
 
+    @torch.no_grad()
     def _sampled(self, batch: Batch, logits_of: LogitsOf, sampling: Sampling) -> SampledChunk:
         """Sample a target at each position: the one that a cache has of this sample at this position."""
         rows, places = _rows(batch), batch["target_positions"] % batch["input_ids"].shape[1]
-        chunks = self._teacher.sampled_chunks(
-            logits_of,
-            next_ids=labels_of(batch),
-            samples=batch["sample_index"][rows],
-            positions=batch["row_start"][rows] + places,
-            sampling=sampling,
-        )
-        none = torch.zeros(0, dtype=torch.float64, device=rows.device)
-        nothing = no_targets(sampling.method, sampling.parameter).to(rows.device)
-        parts = [SampledChunk(nothing, none, none, none.bool()), *chunks]
-        targets, *figures = zip(*parts, strict=True)
+        here, there = rows.device, self._teacher.device  # another, where the teacher is spread over several
+        with torch.autocast(there.type, enabled=False):
+            chunks = self._teacher.sampled_chunks(
+                logits_of,
+                next_ids=labels_of(batch).to(there),
+                samples=batch["sample_index"][rows].to(there),
+                positions=(batch["row_start"][rows] + places).to(there),
+                sampling=sampling,
+            )
+            parts = [SampledChunk(part.targets.to(here), *(f.to(here) for f in part[1:])) for part in chunks]
+        none = torch.zeros(0, dtype=torch.float64, device=here)
+        nothing = no_targets(sampling.method, sampling.parameter).to(here)
+        targets, *figures = zip(SampledChunk(nothing, none, none, none.bool()), *parts, strict=True)
         return SampledChunk(concatenate(targets), *map(torch.cat, figures))
 
     def _dense(
@@ -92,7 +92,7 @@ class _Chunks:
     def __call__(self, part: slice) -> Tensor:
         """Return the logits (n, U) of a range of positions, U the ids that the tokenizer can make, in float32."""
         with torch.autocast(self._labels.device.type, enabled=False):
-            logits = self._logits_of(part).float()[:, : self._valid_ids]
+            logits = self._logits_of(part).to(self._labels.device, torch.float32)[:, : self._valid_ids]
         of_label = logits.gather(1, self._labels[part, None])[:, 0]
         self.logprob[part] = of_label - logits.logsumexp(dim=-1)
         self.top_ids[part] = logits.argmax(dim=-1)

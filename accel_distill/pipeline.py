@@ -57,11 +57,16 @@ class ShardMaker:
         sampling: Sampling,
         tokens_per_batch: int,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        before_forward: Callable[[], object] = lambda: None,
     ) -> None:
-        """All settings are those of the cache `record`, so the same shard comes out wherever it is made."""
+        """All settings are those of the cache `record`, so the same shard comes out wherever it is made.
+
+        `before_forward` is called before the teacher runs: it may wait for ranks that share it.
+        """
         self._record, self._teacher, self._tokenizer = record, teacher, tokenizer
         self._rule, self._sampling, self._tokens_per_batch = rule, sampling, tokens_per_batch
         self._on_nonfinite: Literal["stop", "skip"] = on_nonfinite
+        self._before_forward = before_forward
         self._ranks = invert(record.ids_by_rank)
 
     def compute(self, shard: OpenShard, *, report: Callable[[int], None] | None = None) -> ShardContent:
@@ -87,6 +92,7 @@ class ShardMaker:
     def _run_teacher(
         self, shard: OpenShard, rows: list[TokenSequence], *, report: Callable[[int], None] | None
     ) -> TeacherOutput:
+        self._before_forward()
         try:
             return self._teacher.targets_for(
                 rows, sampling=self._sampling, on_nonfinite=self._on_nonfinite, report=report
@@ -94,6 +100,10 @@ class ShardMaker:
         except NotFinite as error:
             name = shard_name(shard.group, shard.lane, len(shard.texts))
             raise NotFinite(f"shard {name}: {error}") from error
+
+    def take_part(self) -> None:
+        """Take part in a forward of the ranks that share the teacher, without a batch."""
+        self._teacher.take_part()
 
     def encode(self, content: ShardContent) -> bytes:
         """Return the bytes of a shard's file."""

@@ -128,6 +128,8 @@ def start_processes() -> World:
             "ACCELERATE_USE_DEEPSPEED is set, but no launcher started this process, and DeepSpeed needs one, also for "
             "one process; use launch/train.sh N with ACCELERATE_CONFIG=configs/accelerate/zero2.yaml, or torchrun"
         )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which Trainer imports, warns that it chose so
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=SET_UP_TIMEOUT)
     check_processes(os.environ, found=state.num_processes, has_gpu=torch.cuda.is_available())
     return World(state.process_index, state.num_processes, state.device, state.distributed_type.value)
@@ -162,13 +164,14 @@ def check_backend(environment: Mapping[str, str], *, distributed_type: str) -> N
             )
 
 
-def refuse_sharding(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError where DeepSpeed or FSDP was asked for by the launcher of a command that shards nothing."""
-    for name in ("DEEPSPEED", "FSDP"):
-        if _is_set(environment, f"ACCELERATE_USE_{name}"):
+def refuse_sharding(environment: Mapping[str, str], *, parallelism: str) -> None:
+    """Raise ConfigError where the launcher was asked for DeepSpeed or FSDP, and the run file divides no teacher so."""
+    for name, wanted in (("DEEPSPEED", "zero3"), ("FSDP", "fsdp")):
+        if _is_set(environment, f"ACCELERATE_USE_{name}") and parallelism != wanted:
             raise ConfigError(
-                f"generate runs a whole teacher in each process, and ACCELERATE_USE_{name} asks for a sharded one; "
-                "launch it with launch/generate.sh N, or with configs/accelerate/ddp.yaml"
+                f"ACCELERATE_USE_{name} is set, but teacher.parallelism is {parallelism}: generate divides a teacher "
+                f"as its run file says, whatever launches it; set teacher.parallelism={wanted}, or launch it with "
+                "launch/generate.sh N, or with configs/accelerate/ddp.yaml"
             )
 
 

@@ -8,19 +8,14 @@ a second forward of the sample, alone and not in the batch that it was made in: 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from accel_distill.cache import CachedSample
-from accel_distill.lm_head import separate_head
 from accel_distill.losses import Entries, Objective, outcomes, student_logprobs
 from accel_distill.targets import SparseTargets, read_logits, sample
-from accel_distill.teacher import Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from accel_distill.teacher import Sampling, Teacher
 
 ID_BITS = 32  # of a number that is a position and an id
 IMPOSSIBLE = 1e-9  # probability: an id that the teacher gives less now cannot have been drawn by it ...
@@ -57,15 +52,14 @@ class Comparison:
 class Recomputer:
     """Runs a teacher again over samples of a cache."""
 
-    def __init__(self, model: "PreTrainedModel", *, head_chunk: int, valid_ids: int, sampling: Sampling) -> None:
+    def __init__(self, teacher: Teacher, *, head_chunk: int, valid_ids: int, sampling: Sampling) -> None:
         """`sampling` and `valid_ids` are the cache's; logits exist for `head_chunk` positions at a time."""
-        self._model, self._head_chunk, self._valid_ids, self._sampling = model, head_chunk, valid_ids, sampling
-        self._head, _ = separate_head(model)
+        self._teacher, self._head_chunk, self._valid_ids, self._sampling = teacher, head_chunk, valid_ids, sampling
 
     @torch.inference_mode()
     def compare(self, cached: CachedSample, *, start: int) -> Comparison:
         """Compare a sample, or a piece that starts at token `start` of its document, with at least one target."""
-        device = self._model.device
+        device = self._teacher.device
         ids, wanted = cached.input_ids.to(device), cached.target_mask[:-1].nonzero()[:, 0].to(device)
         tops, kl, entropy, logprob = [], 0.0, 0.0, 0.0
         identical, moved, entries, impossible = 0, 0.0, 0, 0
@@ -116,11 +110,9 @@ class Recomputer:
 
     def _logits(self, ids: Tensor, wanted: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield ranges of the wanted positions and their logits, (n, V), to overwrite."""
-        head = self._head
-        if head is None:
-            hidden = self._model(input_ids=ids[None], use_cache=False).logits[0, wanted]
-        else:
-            hidden = self._model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, wanted]
+        head = self._teacher.head
+        run = self._teacher.all_logits if head is None else self._teacher.hidden_states
+        hidden = run(ids[None])[0, wanted]
         for first in range(0, len(wanted), self._head_chunk):
             part = slice(first, min(first + self._head_chunk, len(wanted)))
             yield part, hidden[part].clone() if head is None else head.logits(hidden[part])

@@ -1,7 +1,8 @@
 """The teacher: loads a causal language model and turns a batch of token sequences into sparse targets.
 
 The one decision: logits exist only for `head_chunk` positions at a time, and each chunk is sampled before the next one
-is computed. Padding never reaches the head.
+is computed. Padding never reaches the head. How it is spread over devices and ranks (`divided.py`)
+changes nothing else.
 """
 
 import logging
@@ -16,8 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accel_distill.codec import Method
+from accel_distill.divided import divide, held_bytes, is_divided, whole_loading
 from accel_distill.errors import ConfigError, NotFinite, RunError
-from accel_distill.lm_head import separate_head
+from accel_distill.figures import size
+from accel_distill.lm_head import device_of, separate_head
 from accel_distill.targets import SparseTargets, concatenate, no_targets, read_logits, sample
 from accel_distill.tokens import TokenSequence
 
@@ -59,20 +62,60 @@ class SampledChunk(NamedTuple):
 
 
 class Teacher:
-    """A frozen causal language model on one device."""
+    """A frozen causal language model, on one device, on several, or divided among the ranks."""
 
-    def __init__(self, model: "PreTrainedModel", *, head_chunk: int, valid_ids: int) -> None:
-        """Take a loaded model; `valid_ids` is how many ids the tokenizer can make: logits beyond do not exist."""
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        head_chunk: int,
+        valid_ids: int,
+        vocab_size: int | None = None,
+        engine: Any = None,
+    ) -> None:
+        """Take a loaded model; `valid_ids` is how many ids the tokenizer can make: logits beyond do not exist.
+
+        Of a model that is divided among ranks (`engine` is what `divide` returned, `vocab_size` what it may not show
+        any more) all of them do this at the same time: it runs twice.
+        """
+        self._engine = engine  # takes its hooks off the model when nobody holds it
         self.model = model.eval().requires_grad_(False)
+        self.vocab_size = vocab_size or output_width(model)
+        self._first_device = device_of(model.get_input_embeddings())
         output = model.get_output_embeddings()
-        self.vocab_size = model.config.get_text_config().vocab_size if output is None else output.weight.shape[0]
-        self.device = next(model.parameters()).device
+        self.device = self._first_device if output is None else device_of(output)  # of targets
         self.head_chunk, self.valid_ids = head_chunk, min(valid_ids, self.vocab_size)
-        self._head, reason = separate_head(model)
-        if self._head is None:
+        self.head, reason = separate_head(model)  # whole on every rank; None: it cannot be told from the rest
+        if self.head is None:
             log.warning("%s: the logits of a whole batch will exist at once (%s)", type(model).__name__, reason)
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Run the base model over ids (B, T); return what the head reads, (B, T, D), in the teacher's own dtype.
+
+        Of a teacher that is divided among ranks all of them call it, as often as each other; shapes may differ.
+        """
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return self._run(self.model.base_model, inputs).last_hidden_state.to(self.device)
+
+    @torch.no_grad()
+    def all_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Run the whole model over ids (B, T); return its logits (B, T, V): for a teacher whose `head` is None.
+
+        Of a teacher that is divided among ranks all of them call it, as `hidden_states`.
+        """
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return self._run(self.model, inputs).logits.to(self.device)
+
+    def take_part(self) -> None:
+        """Take part in one forward of the ranks that share this teacher, without a batch of one's own."""
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        if self.head is None:
+            self.all_logits(ids)
+        else:
+            self.hidden_states(ids)
+
+    @torch.no_grad()
     def targets_for(
         self,
         batch: Sequence[TokenSequence],
@@ -165,20 +208,28 @@ class Teacher:
                 "dataset.max_length"
             ) from error
 
+    @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
         """Run the model once; return a function from a range of wanted positions to their logits, to overwrite.
 
-        `ids` and `mask` are (B, T), `wanted` (B, T - 1) bool; logits are (n, V), in the model's dtype, and those of
-        ids from `valid_ids` on mean nothing. Runs also where no position is wanted: a model that is divided among
-        ranks needs all of them. Call it, and what it returns, without gradients and without autocast.
+        `ids` and `mask` are (B, T), `wanted` (B, T - 1) bool; logits are (n, V), on `device`, in the model's dtype, and
+        those of ids from `valid_ids` on mean nothing. It runs also where no position is wanted: of a teacher that is
+        divided among ranks all of them call it, as `hidden_states`. Call what it returns without gradients and without
+        autocast.
         """
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-        if self._head is None:
-            logits = self.model(**inputs).logits[:, :-1][wanted]
+        head, wanted = self.head, wanted.to(self.device)
+        if head is None:
+            logits = self.all_logits(ids, mask.long())[:, :-1][wanted]
             return lambda part: logits[part].clone()
-        hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][wanted]
-        head = self._head
+        hidden = self.hidden_states(ids, mask.long())[:, :-1][wanted]
         return lambda part: head.logits(hidden[part])
+
+    def _run(self, module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """Call the model, or its base model: accelerate's hook that moves inputs is on the former alone."""
+        device = self._first_device
+        there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with torch.autocast(device.type, enabled=False):  # of a student's training
+            return module(**there)
 
 
 def load_teacher_config(config: "TeacherConfig") -> "PretrainedConfig":
@@ -201,12 +252,52 @@ def load_teacher_config(config: "TeacherConfig") -> "PretrainedConfig":
         raise ConfigError(f"teacher.model: {config.model} cannot be loaded: {reason}") from error
 
 
-def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: int) -> Teacher:
-    """Load the teacher's weights onto `device`."""
+def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: int, world_size: int = 1) -> Teacher:
+    """Load the teacher, frozen and in its own dtype, as `config.parallelism` says, for `world_size` ranks.
+
+    Whole on `device`; on all devices of this machine (`auto`, and every division among 1 rank); or divided among the
+    ranks of the process group, who then all call this at the same time, also beside a student of any backend.
+    While a ZeRO-3 configuration is live, call it inside `processes.whole_weights`.
+    """
+    divided = is_divided(config.parallelism, world_size=world_size)
+    with whole_loading():
+        model = _load(config, device=device, is_divided=divided)
+    vocab_size, engine = output_width(model), None
+    assert not any(hasattr(weight, "ds_id") for weight in model.parameters()), "load it inside processes.whole_weights"
+    if divided:
+        whole = held_bytes(model)
+        model.requires_grad_(False)
+        engine = divide(model, config.parallelism, device=device, world_size=world_size)
+        share = "the teacher is divided among %d processes (%s): %s of its %s on each, its head whole"
+        log.info(share, world_size, config.parallelism, size(held_bytes(model)), size(whole))
+    elif config.parallelism != "replicate":
+        _say_places(config.parallelism, model)
+    return Teacher(model, head_chunk=config.head_chunk, valid_ids=valid_ids, vocab_size=vocab_size, engine=engine)
+
+
+def output_width(model: "PreTrainedModel") -> int:
+    """Return how many logits a model has at a position."""
+    output = model.get_output_embeddings()
+    return model.config.get_text_config().vocab_size if output is None else output.weight.shape[0]
+
+
+def _say_places(parallelism: str, model: "PreTrainedModel") -> None:
+    """Say where the parts of a model are that one process spreads over its devices."""
+    places = [str(place) for place in getattr(model, "hf_device_map", {"": model.device}).values()]
+    counts = {place: places.count(place) for place in places}
+    said = ", ".join(f"{count} on {place}" for place, count in counts.items())
+    meaning = "" if parallelism == "auto" else ", which for one process is auto"
+    log.info("teacher.parallelism is %s%s; the parts of the teacher: %s", parallelism, meaning, said)
+
+
+def _load(config: "TeacherConfig", *, device: torch.device, is_divided: bool) -> "PreTrainedModel":
+    """Load the model; one that will be divided onto the CPU, where safetensors of its dtype are mapped, not read."""
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"quantization_config": config.quantization} if config.quantization else {}
-    if config.quantization or device.type == "cuda":
+    if config.parallelism != "replicate" and not is_divided:
+        extra["device_map"] = "auto"
+    elif not is_divided and (config.quantization or device.type == "cuda"):
         extra["device_map"] = {"": device}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -227,7 +318,7 @@ def load_teacher(config: "TeacherConfig", *, device: torch.device, valid_ids: in
             f"teacher.model: {config.model} lacks {len(missing)} of its weights, which would be random: "
             f"{missing[0]}, ...; its config.json and its weight files do not belong together"
         )
-    return Teacher(model, head_chunk=config.head_chunk, valid_ids=valid_ids)
+    return model
 
 
 def _padded(batch: Sequence[TokenSequence], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from accel_distill.adapters import add_adapters, check_same_adapters, merge_adapters, require_peft
 from accel_distill.cached_data import CachedData
 from accel_distill.checkpoint_record import CheckpointRecord, check_resumable
 from accel_distill.command_line import parse_arguments
@@ -31,10 +32,13 @@ from accel_distill.processes import (
     start_processes,
     whole_weights,
 )
+from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
+from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import sharded_by
+from accel_distill.training_arguments import default_report_to, sharded_by
+from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
@@ -46,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         path, overrides = parse_arguments(argv, "accel_distill.train")
-        try:
-            train(load_config(path, overrides))
-        finally:
-            leave_processes()
+        with stop_on_signals():
+            try:
+                train(load_config(path, overrides))
+            finally:
+                leave_processes()
         return 0
 
     return exit_with(run)
@@ -62,9 +67,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     `trainer_state.json` with the log and `run.yaml`. Raises the RunErrors of errors.py. Every rank of the run
     calls it.
     """
-    if config.student is None:
+    student = config.student
+    if student is None:
         raise ConfigError("student: is missing; training needs student.model or student.config")
     _refuse_unlaunched(config.training)
+    if student.lora is not None:
+        require_peft()
     world = start_processes()
     world.set_up_logging()
     data: Data = OnlineData(config, world) if config.teacher.mode == "online" else CachedData(config, world)
@@ -74,14 +82,19 @@ def train(config: RunConfig) -> dict[str, Any]:
         world.from_main(lambda: check_resumable(Path(checkpoint), record))
     if arguments.deepspeed_plugin is not None:
         join_deepspeed()
-    trainer = _make_trainer(data, config.student, arguments, world)
+    trainer = _make_trainer(data, student, arguments, world)
+    if checkpoint:
+        world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
     trainer.add_callback(CheckpointRecord(**asdict(record)))
+    use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
     if world.is_main:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
+    if student.lora is not None and student.lora.merge:
+        world.from_main(lambda: _merge(student, data, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
         print(summary(metrics, output_dir=arguments.output_dir), flush=True)
@@ -116,7 +129,7 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
                 f"training.{name}: is {values[name]}, and has to be {value} here; leave it out, it is set"
             )
     defaults = {
-        "report_to": "none",
+        "report_to": default_report_to(),
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
@@ -173,10 +186,11 @@ def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
 def _make_trainer(
     data: Data, student: StudentConfig, arguments: TrainingArguments, world: World
 ) -> DistillationTrainer:
-    sizes: dict[str, Any] = {"vocab_size": data.vocab_size, "max_length": data.max_length, "seed": arguments.seed}
     # from scratch: the same weights whatever the backend; pretrained: divided while they are read
     with whole_weights(arguments) if student.model is None else nullcontext():
-        model = load_student(student, data.tokenizer, **sizes)
+        model: Any = load_student(student, data.tokenizer, **_sizes(data, arguments))
+    if student.lora is not None and student.model is not None:
+        model = add_adapters(model, student.lora, name=student.model, revision=student.revision, seed=arguments.seed)
     training, held_out = data.datasets(arguments)
     _check_evaluation(arguments, held_out)
     targets_of = data.targets(world, arguments)
@@ -193,9 +207,23 @@ def _make_trainer(
     )
 
 
+def _sizes(data: Data, arguments: TrainingArguments) -> dict[str, Any]:
+    """Return what `load_student` wants to know beside the student's section and the tokenizer."""
+    return {"vocab_size": data.vocab_size, "max_length": data.max_length, "seed": arguments.seed}
+
+
+def _merge(student: StudentConfig, data: Data, arguments: TrainingArguments) -> None:
+    """Save the whole student with its adapters merged in, in their stead."""
+    with whole_weights(arguments):
+        merge_adapters(
+            Path(arguments.output_dir), load=lambda: load_student(student, data.tokenizer, **_sizes(data, arguments))
+        )
+
+
 def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     """Train, save the student, evaluate it; return what was measured."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out = trainer.eval_dataset or ()
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}

@@ -94,17 +94,23 @@ class DistillationTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Train on a micro-batch; of the first one with a target, see that the loss gives the student a gradient."""
+        """Train on a micro-batch; of the first one with a target, see that loss and KD give the student a gradient."""
         if self._has_gradient or not len(inputs["target_positions"]):
             return super().training_step(model, inputs, num_items_in_batch)
         largest: list[Tensor] = []
+        largest_kd: list[Tensor] = []
         self._head.watch = lambda gradient: largest.append(gradient.abs().max())
+        self._head.watch_kd = largest_kd.append if self.objective.kd_weight else None
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._head.watch, self._has_gradient = None, True
-        if not largest or largest[0] == 0:
+        self._head.watch, self._head.watch_kd, self._has_gradient = None, None, True
+        report = f"report the model ({type(self.model).__name__}) and how it is run"
+        if not any(largest):
             raise RunError(
-                "the loss of the first step gave the student no gradient, so it would learn nothing; report the model "
-                f"({type(self.model).__name__}) and how it is run"
+                f"the loss of the first step gave the student no gradient, so it would learn nothing; {report}"
+            )
+        if self.objective.kd_weight and not any(largest_kd):
+            raise RunError(
+                f"KD gave the student no gradient in the first step, so it would learn from labels only; {report}"
             )
         return loss
 

@@ -98,6 +98,16 @@ def sharded_by(values: Mapping[str, Any]) -> str | None:
     return next((name for name in ("deepspeed", "fsdp") if values.get(name)), None)
 
 
+def default_report_to() -> str:
+    """Return where the log goes when the run file does not say: TensorBoard where that is installed."""
+    return "tensorboard" if _is_installed("tensorboard") else "none"
+
+
+def _is_installed(integration: str) -> bool:
+    _, modules = INTEGRATIONS[integration]
+    return not modules or any(find_spec(module) for module in modules)
+
+
 def _transformers() -> Path:
     """Return the directory of the installed transformers, which is not imported."""
     spec = find_spec("transformers")
@@ -160,8 +170,8 @@ def _check_report_to(value: Any) -> None:
             near = did_you_mean(name, [*INTEGRATIONS, "none", "all"] if len(wanted) == 1 else INTEGRATIONS)
             expected = f"expected none or all alone, or some of {', '.join(INTEGRATIONS)}"
             raise WrongValue("report_to", f"found {describe(name)}; {near or expected}")
-        package, modules = INTEGRATIONS[name]
-        if modules and not any(find_spec(module) for module in modules):
+        package, _ = INTEGRATIONS[name]
+        if not _is_installed(name):
             raise WrongValue("report_to", f"{name} is not installed: pip install {package}, or take report_to=none")
 
 

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.integrations import unset_hf_deepspeed_config
 
 from accel_distill import head_jobs
+from accel_distill.adapters import add_adapters
 from accel_distill.cache import CachedSample
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.config import LoraSection
 from accel_distill.fused_head import FusedHead
 from accel_distill.losses import Objective
 from accel_distill.processes import leave_processes
@@ -48,8 +50,9 @@ class Layout(NamedTuple):
 
     @property
     def optimizers(self) -> list[str]:
-        """The runs that there are: FSDP2 refuses tied weights in units of their own."""
-        return [name for name in OPTIMIZERS if self.backend != "fsdp2-linear" or name not in TIED]
+        """The runs that there are: FSDP2 refuses tied weights in units of their own; adapters without accumulation."""
+        left_out = TIED if self.backend == "fsdp2-linear" else []
+        return [name for name in OPTIMIZERS if name not in left_out and (name != "lora" or self.accumulation == 1)]
 
 
 ONE = [Layout("one", 8, 1), Layout("one", 4, 2), Layout("one", 2, 4)]
@@ -61,6 +64,7 @@ TWO = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
     "sgd": {"optim": "sgd", "learning_rate": 0.5},
+    "lora": {"optim": "adamw_torch", "learning_rate": 1e-2},  # adapters are trained instead
 }
 TIED = ["sgd"]  # runs whose student has its head tied to its embeddings
 
@@ -130,6 +134,9 @@ def train(directory: Path, layout: Layout, optimizer: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(student_path(directory, optimizer))
     if layout.backend == "zero3":  # the proof that the head can be fused is made on divided weights
         assert all(parameter.numel() == 0 for parameter in model.parameters())
+    if optimizer == "lora":
+        lora, base = LoraSection(r=4, lora_alpha=16), str(student_path(directory, optimizer))
+        model = add_adapters(model, lora, name=base, revision=None, seed=1)
     recording = Recording(CachedLogitCollator(pad_token_id=0), [])
     head_jobs.CHUNK = 7  # several chunks
     trainer = DistillationTrainer(
@@ -178,6 +185,7 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
 
 def describe(model: nn.Module, distributed_type: str) -> dict[str, Any]:
     """Return what the wrapped model really is: launchers and libraries fall back silently."""
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     parameters = list(model.parameters())
@@ -188,6 +196,9 @@ def describe(model: nn.Module, distributed_type: str) -> dict[str, Any]:
         "sharded": sum(isinstance(p, DTensor) for p in parameters),
         "divided": sum(hasattr(p, "ds_id") and p.numel() == 0 for p in parameters),
         "parameters": len(parameters),
+        "layers": sum(
+            isinstance(module, FSDPModule) and "Layer" in type(module).__name__ for module in model.modules()
+        ),
     }
 
 

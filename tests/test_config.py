@@ -101,6 +101,13 @@ def test_a_stream_without_a_cap_is_refused_with_the_reason_and_the_override(run_
         ("teacher.qqq=1", "unknown key; expected one of attn_implementation, dtype,"),
         ("targets.method=topk", "found 'topk' (text), expected 'threshold', 'random', 'top_k' or 'dense'"),
         ("training.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
+        ("student.lora.lora_alfa=8", "unknown key; did you mean 'lora_alpha'?"),
+        ("student.lora.rang=8", "unknown key; expected one of alpha_pattern, bias, exclude_modules,"),
+        ("student.lora_dropout=0.1", "unknown key; did you mean student.lora.lora_dropout?"),
+        ("student.lora.r=0", "found 0 (whole number), expected at least 1"),
+        ("student.lora.target_modules=3", "found 3 (whole number), expected text or a list of texts"),
+        ("student.lora.lora_dropout=1.0", "expected less than 1"),
+        ("student.lora.bias=some", "expected 'none', 'all' or 'lora_only'"),
         # wrong types: a value is what it is written as
         ('dataset.max_samples="3"', "found '3' (text), expected a whole number (write it without quotes)"),
         ("dataset.max_samples=1e4", "found 10000.0 (number), expected a whole number (write 10000)"),
@@ -237,3 +244,10 @@ def test_a_configuration_cannot_be_changed(run_file: Path) -> None:
     config: Any = load_config(run_file)
     with pytest.raises(ValueError, match="frozen"):
         config.targets.seed = 3
+
+
+def test_adapters_need_a_pretrained_student(run_file: Path) -> None:
+    student = load_config(run_file, ["student.model=some/model", "student.lora.r=16"]).student
+    assert student is not None and student.lora is not None and student.lora.r == 16
+    scratch = ["student.config.model_type=llama", "student.lora.r=16"]
+    assert "adapters train a model that is there already" in refusal(run_file, *scratch)

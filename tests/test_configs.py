@@ -23,6 +23,7 @@ KINDS = {
     "zero1": ("DEEPSPEED", 1),
     "zero2": ("DEEPSPEED", 2),
     "zero3": ("DEEPSPEED", 3),
+    "zero3_offload": ("DEEPSPEED", 3),
 }
 
 
@@ -31,7 +32,7 @@ def test_every_file_is_tried() -> None:
     assert names == ["c4-en", "fineweb-qwen3", "fineweb-smollm2", "local-jsonl", "slimpajama"]
     assert {path.stem for path in PRESETS} == {"quick", "development", "small", "medium", "large"}
     assert {path.stem for path in ACCELERATE_FILES} == set(KINDS)
-    assert [path.stem for path in DEEPSPEED_FILES] == ["zero1", "zero2", "zero3"]
+    assert [path.stem for path in DEEPSPEED_FILES] == ["zero1", "zero2", "zero3", "zero3_offload"]
     tried = {*RUN_FILES, *PRESETS, *ACCELERATE_FILES, *DEEPSPEED_FILES}
     assert {path for path in (ROOT / "configs").rglob("*") if path.is_file()} == tried
 
@@ -82,14 +83,41 @@ def test_an_accelerate_file_is_what_accelerate_launch_makes_of_it(path: Path) ->
     assert arguments.num_processes == 4
     assert arguments.num_machines == (2 if path.stem == "multi_node" else 1)
     assert arguments.mixed_precision == "no"
+    if kind == "DEEPSPEED":
+        device = "cpu" if path.stem.endswith("offload") else "none"
+        assert arguments.offload_optimizer_device == arguments.offload_param_device == device
+        assert bool(arguments.zero3_save_16bit_model) == (number == 3)  # or the saved student would be empty
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.stem)
 def test_a_deepspeed_file_has_the_stage_of_its_name_and_leaves_the_rest_to_training(path: Path) -> None:
     settings = json.loads(path.read_text())
-    assert settings["zero_optimization"]["stage"] == int(path.stem[-1])
+    stage = int(path.stem[4])
+    assert settings["zero_optimization"]["stage"] == stage
     assert settings["bf16"] == {"enabled": "auto"}
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert settings[name] == "auto"
     gathers = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
-    assert gathers == (path.stem == "zero3")  # or the saved student would be empty
+    assert gathers == (stage == 3)  # or the saved student would be empty
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.stem)
+def test_deepspeed_takes_a_file_once_training_has_filled_it_in(path: Path, tmp_path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=2, bf16=True
+    )
+    filled = HfTrainerDeepSpeedConfig(str(path))
+    filled.trainer_config_process(arguments)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    filled.trainer_config_finalize(arguments, model, num_training_steps=10)
+    assert "auto" not in json.dumps(filled.config)
+    config = DeepSpeedConfig(filled.config)
+    assert (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (4, 2)
+    assert config.bfloat16_config.enabled and config.zero_config.stage == int(path.stem[4])
+    offload = config.zero_config.offload_optimizer, config.zero_config.offload_param
+    assert [part and part.device for part in offload] == ["cpu" if "offload" in path.stem else None] * 2

@@ -79,6 +79,23 @@ def test_losses_and_gradient_are_as_good_as_plain_ones(
     assert exact[1].abs().max() > 0.002 and exact[0].kd.abs().max() > 0.05
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("kind", "name"), COMBINATIONS)
+def test_a_watch_is_told_the_largest_gradient_of_kd_alone_and_changes_nothing(
+    kind: TargetKind, name: Divergence, temperature: float
+) -> None:
+    objective = Objective(0.0, 1.0, temperature, kind, name)
+    job, told = make_job(objective, size=POSITIONS), []
+    unwatched, watched = logits(), logits()
+    job.take(unwatched, 0, with_gradient=True)
+    job.take(watched, 0, with_gradient=True, watch_kd=told.append)
+    assert torch.equal(watched, unwatched)
+    leaf = logits().requires_grad_()
+    (by_logits,) = torch.autograd.grad(job.plain(leaf, 0).kd.sum(), leaf)
+    # a sparse job is told those of its entries, and one for the log-sum of all other ids
+    assert len(told) == 1 and float(told[0]) >= float(by_logits.abs().max()) * (1 - 1e-5) > 0.01
+
+
 @pytest.mark.parametrize("kind", ["top_k", "threshold"])
 def test_a_target_of_all_ids_leaves_no_rest(kind: TargetKind) -> None:
     p = torch.softmax(logits(seed=5), dim=-1)

@@ -25,6 +25,7 @@ from layout_run import (
     student_path,
     train,
 )
+from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -81,8 +82,12 @@ def record(runs: Path, layout: Layout, optimizer: str) -> dict[str, Any]:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a saved student, as plain transformers loads it."""
-    return {name: weight.detach() for name, weight in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+    """Return the weights of a saved student, as plain transformers loads it, or peft; adapters are merged into them."""
+    if (path / "adapter_config.json").exists():
+        model = AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def largest_difference(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
@@ -128,10 +133,12 @@ def test_a_layout_is_what_it_says_and_has_the_same_samples_in_each_step(
 ) -> None:
     run = record(runs, layout, optimizer)
     backend = run["backend"]
-    assert (backend["distributed_type"], backend["wrapper"]) == WRAPPERS[layout.backend[:4].rstrip("0123456789")]
+    wrapper = backend["wrapper"].replace("PeftModelForCausalLM", "LlamaForCausalLM")
+    assert (backend["distributed_type"], wrapper) == WRAPPERS[layout.backend[:4].rstrip("0123456789")]
     assert run["world_size"] == len(run["batches"]) == (1 if layout.backend == "one" else 2)
     assert backend["zero_stage"] == (int(layout.backend[-1]) if layout.backend.startswith("zero") else None)
     assert backend["sharded"] == (backend["parameters"] if layout.backend.startswith("fsdp2") else 0)
+    assert backend["layers"] == (2 if layout.backend == "fsdp2" else 0)  # each is a unit, adapters or not
     assert backend["divided"] == (backend["parameters"] if layout.backend == "zero3" else 0)
     assert layout.batch * layout.accumulation * run["world_size"] == GLOBAL_BATCH
     for step in range(STEPS):

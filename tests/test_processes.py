@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from accel_distill.errors import CacheMismatch, ConfigError, RankStopped
-from accel_distill.processes import World, check_backend, check_processes, start_processes
+from accel_distill.processes import World, check_backend, check_processes, refuse_sharding, start_processes
 
 # What launchers leave in the environment, taken down from accelerate 1.15 and torchrun of torch 2.13.
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -64,6 +64,18 @@ def test_a_backend_that_was_not_taken_up_is_refused(name: str, value: str) -> No
 def test_without_a_backend_asked_for_any_is_accepted(environment: dict[str, str]) -> None:
     for found in ("NO", "MULTI_CPU", "MULTI_GPU"):
         check_backend(environment, distributed_type=found)
+
+
+@pytest.mark.parametrize(("name", "parallelism"), [("DEEPSPEED", "zero3"), ("FSDP", "fsdp")])
+def test_a_launcher_that_divides_a_teacher_must_be_asked_for_by_the_run_file(name: str, parallelism: str) -> None:
+    environment = {f"ACCELERATE_USE_{name}": "true"}
+    refuse_sharding(environment, parallelism=parallelism)
+    refuse_sharding({}, parallelism="replicate")
+    for other in {"replicate", "auto", "zero3", "fsdp"} - {parallelism}:
+        with pytest.raises(
+            ConfigError, match=rf"ACCELERATE_USE_{name} .* is {other}: .*parallelism={parallelism}, or "
+        ):
+            refuse_sharding(environment, parallelism=other)
 
 
 def test_a_process_without_a_launcher_is_rank_0_of_1() -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +32,7 @@ from accel_distill.generate import generate
 from accel_distill.processes import check_backend
 from accel_distill.train import main, samples_of_a_step, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
+from accel_distill.training_arguments import INTEGRATIONS
 
 VOCAB = len(make_tokenizer())
 SAMPLES = 41
@@ -620,3 +624,59 @@ def test_the_global_batch_counts_devices_accumulation_and_processes(
     config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
     assert samples_of_a_step(arguments, world_size=world_size) == global_batch
+
+
+def test_the_log_goes_to_tensorboard_below_the_output_directory_unless_the_run_file_says_otherwise(
+    run: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(configured(run, tmp_path))
+    (events,) = (tmp_path / "runs").iterdir()
+    read = EventAccumulator(str(events))
+    read.Reload()
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for name in ("kd", "kl", "ce", "loss"):
+        written = [(event.step, event.value) for event in read.Scalars(f"train/{name}")]
+        assert written == [(line["step"], pytest.approx(line[name])) for line in log if "kd" in line]
+        assert len(written) == 4
+    assert [event.step for event in read.Scalars("eval/top1_agreement")] == [4]
+    train(configured(run, tmp_path / "none", training={"max_steps": 1, "report_to": "none"}))
+    assert not (tmp_path / "none" / "runs").exists()
+
+
+def test_another_integration_of_the_trainer_is_taken_by_its_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    heard: list[dict[str, float]] = []
+
+    class Heard(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            heard.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Heard)
+    monkeypatch.setitem(INTEGRATIONS, "trackio", ("trackio", ()))  # as if it were installed
+    train(configured(run, tmp_path, training={"max_steps": 2, "logging_steps": 1, "report_to": ["trackio"]}))
+    assert [logs["kl"] > 0 for logs in heard if "kl" in logs] == [True, True]
+    assert any("eval_top1_agreement" in logs for logs in heard)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_ends_training_with_its_status_and_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    endless = {"max_steps": 1_000_000, "logging_steps": 10, "per_device_train_batch_size": 2}
+    path.write_text(resolved_yaml(configured(run, out, training={"output_dir": str(out), **endless})))
+
+    def stop() -> None:
+        while not list(out.glob("runs/*/events*")):  # it is past its first steps
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert main(["--config", str(path)]) == 143
+    assert "stopped by SIGTERM; what was published or saved is kept" in capsys.readouterr().err

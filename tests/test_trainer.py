@@ -370,6 +370,31 @@ def test_a_loss_that_gives_the_student_no_gradient_ends_the_run(fused: bool, tmp
         trainer.train()
 
 
+class DeadKD(Objective):
+    """An objective whose KD has the right value and no gradient."""
+
+    def from_outcomes(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return tuple(loss.detach() for loss in super().from_outcomes(*arguments, **named))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kd_without_a_gradient_ends_the_run_also_where_the_labels_give_one(
+    fused: bool, temperature: float, tmp_path: Path
+) -> None:
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(8), temperature=temperature)
+    for kd_weight, dead in [(0.7, True), (0.7, False), (0.0, True)]:
+        objective = (DeadKD if dead else Objective)(kd_weight, 0.3, temperature, "threshold")
+        trainer = make_trainer(tmp_path, train=samples, steps=1, objective=objective)
+        trainer._head = trainer._head if fused else FullLogits()
+        if dead and kd_weight:
+            with pytest.raises(RunError, match="KD gave the student no gradient in the first step"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert trainer._head.watch_kd is None
+
+
 def test_one_process_with_several_gpus_does_not_use_data_parallel(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     args = trainer.args

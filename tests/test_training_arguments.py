@@ -17,6 +17,7 @@ from accel_distill.training_arguments import (
     _members,
     _transformers,
     check_training,
+    default_report_to,
     sharded_by,
 )
 
@@ -139,6 +140,16 @@ def test_an_integration_is_refused_just_where_its_library_is_not_installed(
     assert caught.value.problem == f"{name} is not installed: pip install {package}, or take report_to=none"
     installed.add(modules[-1])
     check_training({"report_to": name})
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"), [((), "none"), (("tensorboard",), "tensorboard"), (("tensorboardX",), "tensorboard")]
+)
+def test_the_log_goes_to_tensorboard_where_that_is_installed(
+    installed: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_arguments, "find_spec", lambda module: module if module in installed else None)
+    assert default_report_to() == expected
 
 
 @pytest.mark.parametrize(

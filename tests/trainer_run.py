@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +107,9 @@ def make_trainer(
     evaluation: list[CachedSample] | None = None,
     model: LlamaForCausalLM | None = None,
     objective: Objective | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> DistillationTrainer:
-    """Return a trainer of a tiny student on the CPU that logs every step and saves nothing."""
+    """Return a trainer of a tiny student on the CPU that logs every step and saves nothing; `settings` are more."""
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         use_cpu=True,
@@ -125,6 +127,7 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         average_tokens_across_devices=True,
+        **(settings or {}),
     )
     return DistillationTrainer(
         model if model is not None else tiny_llama(seed=1),
