@@ -21,8 +21,11 @@ from accel_distill.config import LossConfig, RunConfig
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache
 from accel_distill.losses import Objective
 from accel_distill.manifest import differences, read_plan
+from accel_distill.packs import PackedCache
+from accel_distill.padding import padding_report
 from accel_distill.processes import World
 from accel_distill.tokens import load_tokenizer, pad_token_id, tokenizer_identity
+from accel_distill.training_arguments import is_grouped, is_packed
 
 log = logging.getLogger("accel_distill.train")
 
@@ -35,23 +38,38 @@ class CachedData:
     def __init__(self, config: RunConfig, world: World) -> None:
         """Open the cache; every process calls it. Raises what `_open` raises."""
         self._config = config
-        self._cache = world.from_main(lambda: _open(config))
-        self._cache.processes = world.world_size
-        self.vocab_size, self.max_length = self._cache.vocab_size, self._cache.max_length
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._cache.tokenizer_path)
-        self.objective = objective(config.loss, self._cache)
+        self.cache = world.from_main(lambda: _open(config))
+        self.cache.processes = world.world_size
+        self.vocab_size, self.max_length = self.cache.vocab_size, self.cache.max_length
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.cache.tokenizer_path)
+        self.objective = objective(config.loss, self.cache)
         self.collator = CachedLogitCollator(pad_token_id=pad_token_id(self.tokenizer))
 
     def record(self, *, global_batch: int) -> DataRecord:
         """Return what the run's checkpoints say of its data; `global_batch` samples are a step."""
-        cache, eval_samples = self._cache, self._config.dataset.eval_samples
-        return DataRecord(cache.cache_id, cache.samples, cache.content_sha256, eval_samples, global_batch)
+        cache, eval_samples = self.cache, self._config.dataset.eval_samples
+        training = self._config.training
+        return DataRecord(
+            cache.cache_id,
+            cache.samples,
+            cache.content_sha256,
+            eval_samples,
+            global_batch,
+            packing=is_packed(training),
+            sampling=str(training.get("train_sampling_strategy") or "random"),
+        )
 
     def datasets(self, arguments: TrainingArguments) -> tuple[Any, Any]:
         """Return what to train on and what is held out, or None where nothing is."""
-        training, held_out = split_items(self._cache, eval_samples=self._config.dataset.eval_samples)
-        samples: Any = self._cache  # map-style, as torch's Dataset, which it does not inherit from
-        return Subset(samples, training), Subset(samples, held_out) if held_out else None
+        training, held_out = split_items(self.cache, eval_samples=self._config.dataset.eval_samples)
+        samples: Any = self.cache  # map-style, as torch's Dataset, which it does not inherit from
+        is_plain = not is_packed(self._config.training)
+        rows: Any = Subset(samples, training)
+        if not is_plain:
+            rows = PackedCache(self.cache, training, most=self.cache.max_length)
+        if report := padding_report(rows, Subset(samples, training), arguments):
+            log.info("%s", report)
+        return rows, Subset(samples, held_out) if held_out else None
 
     def targets(self, world: World, arguments: TrainingArguments) -> TargetsOf:
         """Return what makes the targets of a batch."""
@@ -77,6 +95,8 @@ def _open(config: RunConfig) -> TeacherCache:
             f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
             "from the teacher again"
         )
+    if is_packed(config.training) or is_grouped(config.training):
+        _ = cache.lengths  # read once, and handed to the other ranks with the cache
     return cache
 
 

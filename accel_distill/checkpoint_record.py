@@ -31,7 +31,9 @@ class DataRecord:
     samples: int  # of the stream, in the shards that are trained on
     content_sha256: str  # of these shards
     eval_samples: int
-    global_batch: int  # samples a step: per device, times accumulation, times processes
+    global_batch: int  # rows a step: per device, times accumulation, times processes
+    packing: bool = False  # whether a row is several samples
+    sampling: str = "random"  # training.train_sampling_strategy
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,25 @@ def check_resumable(checkpoint: Path, record: DataRecord | OnlineRecord) -> None
         raise ConfigError(
             f"teacher.mode is {mode} in this run and was {before_mode} in {checkpoint}; set it back, or {ANEW}"
         )
+    sampling = getattr(record, "sampling", "random")
+    older = {"packing": False, "sampling": sampling if sampling == "sequential" else "random"}
     for name, now in vars(record).items():
-        if (then := before.get(name)) != now:
+        if (then := before.get(name, older.get(name))) != now:
             raise _refused(name, then, now, checkpoint, is_online=is_online)
 
 
 def _refused(name: str, then: Any, now: Any, checkpoint: Path, *, is_online: bool) -> ConfigError | CacheMismatch:
     if name == "global_batch":
         return ConfigError(
-            f"training: a step takes {now} samples in this run (per_device_train_batch_size x "
+            f"training: a step takes {now} rows in this run (per_device_train_batch_size x "
             f"gradient_accumulation_steps x processes), and took {then} in {checkpoint}; set them so that it does, or "
             f"{ANEW}"
+        )
+    if name in ("packing", "sampling"):
+        key = "packing" if name == "packing" else "train_sampling_strategy"
+        return ConfigError(
+            f"training.{key} is {str(now).lower()} in this run and {str(then).lower()} in {checkpoint}, so the epoch "
+            f"would go on over other samples than those that are left; set it back, or {ANEW}"
         )
     if name == "eval_samples":
         return ConfigError(

@@ -3,6 +3,9 @@
 The one decision: targets stay flat, in the order of the positions that carry one, with their place b * T + t
 in the padded (B, T) grid; a (B, T, V) tensor never exists. It costs that a batch cannot be cut along its
 first dimension, so torch.nn.DataParallel cannot be used.
+
+A row is a sample, or several that are packed into it. Packed rows have no attention mask: positions that begin again
+at 0 say where a document begins, and transformers then keeps documents apart (`packing_probe.py` proves it).
 """
 
 from collections.abc import Sequence
@@ -15,36 +18,41 @@ from accel_distill.cache import CachedSample
 from accel_distill.losses import IGNORE_INDEX
 from accel_distill.targets import concatenate
 
+Row = CachedSample | Sequence[CachedSample]
+
 
 @dataclass(frozen=True)
 class CachedLogitCollator:
-    """Pad samples on the right and join their targets."""
+    """Pad rows on the right and join the targets of their samples."""
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[CachedSample]) -> dict[str, Tensor]:
-        """Return the tensors of a batch of B samples padded to T tokens, with P targets of E entries in all.
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return the tensors of a batch of B rows padded to T tokens, with P targets of E entries in S samples.
 
-        `input_ids`, `attention_mask`, `labels` (B, T); `target_positions` (P,) ascending, the target there is
-        for the next token; `target_offsets` (P + 1,), `target_ids` (E,), `target_weights` (E,);
-        `teacher_entropy`, `teacher_logprob` (B,), sums over a sample's targets in nats; `sample_index` (B,). The
-        labels are not shifted, as transformers wants them: there are exactly P, at the places `target_positions + 1`.
+        `input_ids`, `labels` (B, T); `target_positions` (P,) ascending, the target there is for the next token;
+        `target_offsets` (P + 1,), `target_ids` (E,), `target_weights` (E,); `teacher_entropy`, `teacher_logprob` (S,),
+        sums over a sample's targets in nats; `sample_index` (S,). The labels are not shifted, as transformers wants
+        them: there are exactly P, at the places `target_positions + 1`. Rows that are samples have `attention_mask`
+        (B, T); rows that are lists of samples have `position_ids` (B, T) in its place, which begin at 0 in each sample
+        and in the padding.
         """
-        rows, width = len(samples), max(1, *(len(sample.input_ids) for sample in samples))
-        input_ids = torch.full((rows, width), self.pad_token_id)
-        attention_mask = torch.zeros(rows, width, dtype=torch.int64)
-        has_target = torch.zeros(rows, width, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            length = len(sample.input_ids)
-            input_ids[row, :length] = sample.input_ids
-            attention_mask[row, : max(1, length)] = 1  # attention to no position at all would be NaN
-            has_target[row, :length] = sample.target_mask
+        packed = [[row] if isinstance(row, CachedSample) else list(row) for row in rows]
+        samples = [sample for row in packed for sample in row]
+        lengths = [sum(len(sample.input_ids) for sample in row) for row in packed]
+        width = max(1, *lengths)
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        has_target = torch.zeros(len(rows), width, dtype=torch.bool)
+        for number, (row, length) in enumerate(zip(packed, lengths, strict=True)):
+            input_ids[number, :length] = torch.cat([sample.input_ids for sample in row])
+            has_target[number, :length] = torch.cat([sample.target_mask for sample in row])
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels[:, 1:] = torch.where(has_target[:, :-1], input_ids[:, 1:], IGNORE_INDEX)
         offsets, ids, weights = concatenate([sample.targets for sample in samples]).entries()
+        one_each = all(isinstance(row, CachedSample) for row in rows)
         return {
             "input_ids": input_ids,  # first: accelerate and the Trainer read the batch size from it
-            "attention_mask": attention_mask,
+            **({"attention_mask": _mask(lengths, width)} if one_each else {"position_ids": _positions(packed, width)}),
             "labels": labels,
             "target_positions": has_target.flatten().nonzero()[:, 0],
             "target_offsets": offsets,
@@ -54,3 +62,17 @@ class CachedLogitCollator:
             "teacher_logprob": torch.tensor([sample.teacher_logprob for sample in samples]),
             "sample_index": torch.tensor([sample.sample_index for sample in samples]),
         }
+
+
+def _mask(lengths: Sequence[int], width: int) -> Tensor:
+    """Return (B, width) int64, 1 at tokens; at one place at least: attention to none at all would be NaN."""
+    return (torch.arange(width) < torch.tensor(lengths).clamp(min=1)[:, None]).long()
+
+
+def _positions(rows: Sequence[Sequence[CachedSample]], width: int) -> Tensor:
+    """Return (B, width) int64: the place of each token in its sample, and of padding in the padding."""
+    found = []
+    for row in rows:
+        lengths = [len(sample.input_ids) for sample in row]
+        found.append(torch.cat([torch.arange(length) for length in [*lengths, width - sum(lengths)]]))
+    return torch.stack(found)

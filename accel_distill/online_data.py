@@ -41,6 +41,7 @@ class OnlineData:
         self._made_from, self._pieces = world.from_main(lambda: _look(config))
         dataset, teacher = self._made_from["dataset"], self._made_from["teacher"]
         self._config = config = pinned(config, teacher=teacher, source=dataset["source"])
+        self.cache = None  # of a run with one: for the record of what a run was trained on
         self.vocab_size, self.max_length = teacher["vocab_size"], config.dataset.max_length
         self.tokenizer: PreTrainedTokenizerBase = _tokenizer(config)
         self._texts = _texts(config, self.tokenizer, vocab_size=self.vocab_size)

@@ -36,6 +36,14 @@ def check_online(training: Mapping[str, Any], *, on_nonfinite: str, streaming: b
             "skip leaves positions out of a cache; with teacher.mode=online a loss that is not finite ends the run; "
             "expected stop",
         )
+    if training.get("packing"):
+        raise WrongValue("training.packing", "packs the samples of a cache; leave it out with teacher.mode=online")
+    if training.get("train_sampling_strategy") not in (None, "random", "sequential"):
+        raise WrongValue(
+            "training.train_sampling_strategy",
+            f"{mismatch(training['train_sampling_strategy'], 'random or sequential')}: the lengths of texts are known "
+            "of a cache only, and teacher.mode is online",
+        )
     if streaming:
         _check_stream(training, long_documents=long_documents)
 

@@ -24,6 +24,7 @@ from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import ConfigError, exit_with
 from accel_distill.online_data import OnlineData, one_pass
+from accel_distill.packs import PackedCache
 from accel_distill.processes import (
     World,
     check_backend,
@@ -34,10 +35,11 @@ from accel_distill.processes import (
 )
 from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
+from accel_distill.run_record import run_record, write_run_record
 from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import default_report_to, sharded_by
+from accel_distill.training_arguments import default_report_to, library_arguments, sharded_by
 from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
@@ -92,6 +94,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     if world.is_main:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
+        how = {"world_size": world.world_size, "distributed_type": distributed_type}
+        write_run_record(output_dir, run_record(trainer.model, data.cache, full_logits=trainer.full_logits, **how))
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
     if student.lora is not None and student.lora.merge:
         world.from_main(lambda: _merge(student, data, arguments))
@@ -133,7 +137,7 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
         "disable_tqdm": not sys.stderr.isatty(),  # a bar would fill a log file
         "ddp_find_unused_parameters": False,  # a causal language model uses all it has; looking costs time
     }
-    values = {**values, "resume_from_checkpoint": _checkpoint(values)}
+    values = library_arguments(values) | {"resume_from_checkpoint": _checkpoint(values)}
     try:
         arguments = TrainingArguments(**{**defaults, **values, **forced})
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -225,10 +229,14 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    held_out = trainer.eval_dataset or ()
+    held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
+    if isinstance(trainer.train_dataset, PackedCache):
+        metrics["train_samples"] = samples = trainer.train_dataset.samples
+        metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
     if held_out:
         metrics |= trainer.evaluate()
+        metrics["eval_calibration"] = trainer.calibration
     trainer.save_state()
     return metrics
 

@@ -13,6 +13,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from accel_distill.batch_targets import Batch, TargetsOf, Taught, cached_targets, labels_of
-from accel_distill.errors import RunError
+from accel_distill.errors import ConfigError, RunError
 from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
+from accel_distill.packing_probe import packing_fault
 from accel_distill.recent_losses import RecentLosses
-from accel_distill.shuffle import window_sampler
+from accel_distill.shuffle import training_sampler
 from accel_distill.text_rows import StreamRows
 
 log = logging.getLogger(__name__)
@@ -59,11 +61,15 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, compute_metrics=self._metrics, **trainer_arguments)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a whole step
         self.objective, self._targets_of = objective or Objective(), targets_of
+        self.full_logits: str | None = None  # why the head is not fused with the loss, where it is not
+        self.calibration: dict[str, list[float]] = {}  # of the last evaluation, by bins of confidence
         self._head = self._make_head()
         # sums of kd, ce, kl, the teacher's ce; positions
         self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
         self._has_gradient = False  # from its loss; seen in the first step
+        self._keeps_documents_apart = False  # in packed rows; proved in the first step
         self._clock: float | None = None  # when counting began, less the time of evaluations
+        self._waited = 0.0  # seconds for batches, since then
         self._recent = RecentLosses()
         self._stream_end: int | None = None  # items of a stream that ended before it was to
 
@@ -78,7 +84,10 @@ class DistillationTrainer(Trainer):
 
         The outputs are empty: there are no logits to keep.
         """
-        self._clock = self._clock or time.perf_counter()
+        if "position_ids" in inputs and not self._keeps_documents_apart:
+            self._prove_packing(model)
+        if self._clock is None:
+            self._clock, self._waited = time.perf_counter(), 0.0
         positions = len(inputs["target_positions"])
         counted = torch.as_tensor(positions if num_items_in_batch is None else num_items_in_batch)
         factor = 1 / counted.clamp(min=1)  # a step without any target: 0 / 1, not 0 / 0
@@ -116,7 +125,7 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the batches of a step; none, on every process alike, where the stream ended before its first one."""
-        batches, positions = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, positions = super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)
         ends = [int(batch["stream_end"].min()) for batch in batches if "stream_end" in batch]
         if not ends or min(ends) > self.state.global_step * self._step_samples:
             return batches, positions
@@ -145,16 +154,20 @@ class DistillationTrainer(Trainer):
         """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
         self._check_losses()
         if "loss" in logs:  # on every process alike
-            *sums, positions = self.accelerator.reduce(self._since_log, reduction="sum").tolist()
+            counted = torch.cat([self._since_log, self._since_log.new_tensor([self._waited])])
+            *sums, positions, waited = self.accelerator.reduce(counted, reduction="sum").tolist()
             self._since_log.zero_()
             logs |= {
                 name: total / max(positions, 1)
                 for name, total in zip(("kd", "ce", "kl", "teacher_ce"), sums, strict=True)
             }
             now = time.perf_counter()
-            logs["positions_per_second"] = positions / max(now - (self._clock or now), 1e-9)
+            logs["positions"] = int(positions)  # since the last time
+            seconds = max(now - (self._clock or now), 1e-9)
+            logs["positions_per_second"] = positions / seconds
+            logs["data_wait_share"] = waited / self.args.world_size / seconds
             logs["peak_memory_bytes"] = peak_memory(self.args.device)
-            self._clock = now
+            self._clock, self._waited = now, 0.0
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -162,11 +175,23 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, StreamRows):
             return SequentialSampler(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = window_sampler(dataset, seed=seed, epoch=lambda: int(self.state.epoch or 0))
-        if sampler is None or self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        return sampler
+        sampler = training_sampler(dataset, self.args, epoch=lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        """Evaluate in the order of the samples, however training is grouped: the Trainer would ask for dicts."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
+    def _waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        started = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """Evaluate as the Trainer does; its time is not that of training."""
@@ -222,6 +247,7 @@ class DistillationTrainer(Trainer):
         if self.args.process_index == 0:
             name = type(self.model).__name__
             log.warning("%s: the logits of all positions of a batch will exist at once, because %s", name, reason)
+        self.full_logits = reason
         return FullLogits()
 
     def _run(
@@ -230,8 +256,53 @@ class DistillationTrainer(Trainer):
         """Run the model on a batch and take the losses of its positions; return them with the teacher's side."""
         taught = self._targets_of(inputs, self.objective, factor=factor, with_peak=with_peak)
         # without labels: the model shall not compute a loss of its own
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return self._head.run(model, taught.job, **batch, use_cache=False), taught
+        return self._head.run(model, taught.job, **self._model_inputs(inputs), use_cache=False), taught
+
+    def _model_inputs(self, inputs: Batch) -> Batch:
+        """Return what the model reads of a batch; flash attention takes packed rows for such only if there is one."""
+        packed = "position_ids" in inputs
+        batch = {name: inputs[name] for name in ("input_ids", "position_ids" if packed else "attention_mask")}
+        if packed and "flash" in (getattr(self._student.config, "_attn_implementation", None) or ""):
+            batch = {name: part.flatten()[None] for name, part in batch.items()}  # positions b * T + t stay
+        return batch
+
+    @property
+    def _student(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _prove_packing(self, model: nn.Module) -> None:
+        """Raise ConfigError, on every process, where the student mixes the documents of a packed row."""
+
+        def logits(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            inputs = self._model_inputs({"input_ids": input_ids, "position_ids": position_ids})
+            return model(**inputs, use_cache=False).logits
+
+        args, student = self.args, self._student
+        half = args.bf16 or args.fp16 or next(student.parameters()).dtype in (torch.bfloat16, torch.float16)
+        model.eval()
+        try:
+            fault, is_shown = packing_fault(
+                logits,
+                vocab_size=student.config.get_text_config().vocab_size,
+                rows=min(args.per_device_train_batch_size, 2),
+                half=half,
+                device=args.device,
+            )
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of the model's own code
+            fault, is_shown = f"it fails: {type(error).__name__}: {' '.join(str(error).split())}", True
+        model.train()
+        found = [(fault, is_shown)] if args.world_size == 1 else gather_object([(fault, is_shown)])
+        if fault := next((fault for fault, _ in found if fault), ""):
+            raise ConfigError(
+                f"training.packing: {type(student).__name__} does not keep the samples of a row apart ({fault}); leave "
+                "packing out, or take training.train_sampling_strategy=group_by_length"
+            )
+        if not all(is_shown for _, is_shown in found):
+            log.warning(
+                "training.packing: the student's tokens do not yet depend on those before them, so that it keeps the "
+                "samples of a row apart could not be shown"
+            )
+        self._keeps_documents_apart = True
 
     def _sample_sums(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return what evaluation counts, summed over the positions of each sample: (B, SUMS) float32."""
@@ -252,7 +323,12 @@ class DistillationTrainer(Trainer):
         """Return the evaluation metrics from the gathered rows of `_sample_sums`, without their prefix."""
         sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
         positions, kd, ce, kl, agreed, teacher_logprob = sums[:6]
-        _, confidence, correct = sums[6:].reshape(3, BINS)
+        in_bin, confidence, correct = sums[6:].reshape(3, BINS)
+        self.calibration = {
+            "positions": in_bin.astype(int).tolist(),
+            "confidence": (confidence / np.maximum(in_bin, 1)).tolist(),
+            "accuracy": (correct / np.maximum(in_bin, 1)).tolist(),
+        }
         count = max(positions, 1)
         return {
             "loss": (self.objective.kd_weight * kd + self.objective.ce_weight * ce) / count,

@@ -25,7 +25,8 @@ WORDS = {
     "str": "text",
 }
 
-NO_LENGTHS = "a cached sample does not tell its length to a sampler"
+PACKING = "packing"  # our own key; all others are those of TrainingArguments
+BY_LENGTH = "group_by_length"
 
 # What the trainer sets itself, or cannot honour: the values that are allowed, and why no other is.
 ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -33,8 +34,9 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all processes"),
     "label_names": ((["labels"],), "the collator names the labels"),
     "label_smoothing_factor": ((0,), "the loss is what section `loss` says"),
-    "train_sampling_strategy": (("random", "sequential"), NO_LENGTHS),
-    "group_by_length": ((False,), NO_LENGTHS),  # the same, in early versions of transformers 5
+    "train_sampling_strategy": (("random", "sequential", BY_LENGTH), "another needs a dataset that is no cache"),
+    # in early versions of transformers 5
+    BY_LENGTH: ((False,), f"it is train_sampling_strategy: {BY_LENGTH}"),
 }
 
 # What `TrainingArguments` takes and training then stumbles over, or quietly does nothing with.
@@ -78,8 +80,11 @@ def check_training(values: Mapping[str, Any]) -> None:
     other = ast.parse((home / "trainer_utils.py").read_text(encoding="utf-8"))
     annotations, enums = _fields(tree, "TrainingArguments"), {**_enums(tree), **_enums(other)}
     for name, value in values.items():
+        if name == PACKING:
+            _check_packing(values)
+            continue
         if name not in annotations:
-            near = did_you_mean(name, annotations) or "see the fields of transformers.TrainingArguments"
+            near = did_you_mean(name, {*annotations, PACKING}) or "see the fields of transformers.TrainingArguments"
             raise WrongValue(name, f"unknown key; {near}")
         if name == "resume_from_checkpoint" and isinstance(value, bool):
             continue  # ours: the last checkpoint of output_dir, or none
@@ -91,6 +96,21 @@ def check_training(values: Mapping[str, Any]) -> None:
         _check_bounds(name, value)
     if "report_to" in values:
         _check_report_to(values["report_to"])
+
+
+def is_packed(values: Mapping[str, Any]) -> bool:
+    """Return whether section `training` asks for packed rows."""
+    return bool(values.get(PACKING))
+
+
+def is_grouped(values: Mapping[str, Any]) -> bool:
+    """Return whether section `training` asks for steps of samples of about equal length."""
+    return values.get("train_sampling_strategy") == BY_LENGTH
+
+
+def library_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return section `training` without the keys that are not those of TrainingArguments."""
+    return {name: value for name, value in values.items() if name != PACKING}
 
 
 def sharded_by(values: Mapping[str, Any]) -> str | None:
@@ -156,6 +176,13 @@ def _check_bounds(name: str, value: Any) -> None:
         raise WrongValue(name, mismatch(value, f"at least {AT_LEAST[name]}"))
     if name in MORE_THAN and not value > MORE_THAN[name]:
         raise WrongValue(name, mismatch(value, f"more than {MORE_THAN[name]}"))
+
+
+def _check_packing(values: Mapping[str, Any]) -> None:
+    if not isinstance(values[PACKING], bool):
+        raise WrongValue(PACKING, mismatch(values[PACKING], WORDS["bool"]))
+    if values[PACKING] and is_grouped(values):
+        raise WrongValue(PACKING, f"is true, and train_sampling_strategy is {BY_LENGTH}; expected one of the two")
 
 
 def _check_report_to(value: Any) -> None:

@@ -23,7 +23,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from accel_distill import head_jobs
 from accel_distill.adapters import add_adapters
 from accel_distill.cache import CachedSample
-from accel_distill.collator import CachedLogitCollator
+from accel_distill.collator import CachedLogitCollator, Row
 from accel_distill.config import LoraSection
 from accel_distill.fused_head import FusedHead
 from accel_distill.losses import Objective
@@ -40,26 +40,29 @@ class Layout(NamedTuple):
     """How the 8 samples of a step are dealt."""
 
     backend: str  # one, ddp, zero1, zero2, zero3, fsdp2, fsdp2-linear (every linear layer is a unit)
-    batch: int  # of a process
+    batch: int  # rows of a process
     accumulation: int
+    packed: int = 1  # samples of a row
 
     @property
     def name(self) -> str:
         """A directory's name."""
-        return f"{self.backend}-{self.batch}x{self.accumulation}"
+        return f"{self.backend}-{self.batch}x{self.accumulation}" + f"x{self.packed}" * (self.packed > 1)
 
     @property
     def optimizers(self) -> list[str]:
         """The runs that there are: FSDP2 refuses tied weights in units of their own; adapters without accumulation."""
+        if self.packed > 1:
+            return ["adamw"]
         left_out = TIED if self.backend == "fsdp2-linear" else []
         return [name for name in OPTIMIZERS if name not in left_out and (name != "lora" or self.accumulation == 1)]
 
 
-ONE = [Layout("one", 8, 1), Layout("one", 4, 2), Layout("one", 2, 4)]
+ONE = [Layout("one", 8, 1), Layout("one", 4, 2), Layout("one", 2, 4), Layout("one", 2, 2, packed=2)]
 TWO = {
     "ddp+zero": [Layout("ddp", 4, 1), Layout("ddp", 2, 2), *(Layout(f"zero{n}", 4, 1) for n in (1, 2, 3))]
-    + [Layout("zero3", 1, 4)],
-    "fsdp2": [Layout("fsdp2", 4, 1), Layout("fsdp2-linear", 2, 2)],
+    + [Layout("zero3", 1, 4), Layout("ddp", 2, 1, packed=2), Layout("zero3", 2, 1, packed=2)],
+    "fsdp2": [Layout("fsdp2", 4, 1), Layout("fsdp2-linear", 2, 2), Layout("fsdp2", 1, 2, packed=2)],
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
@@ -105,10 +108,11 @@ class Recording:
     collate: CachedLogitCollator
     seen: list[list[int]]
 
-    def __call__(self, samples: Sequence[CachedSample]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Collate."""
-        self.seen.append([sample.sample_index for sample in samples])
-        return self.collate(samples)
+        batch = self.collate(rows)
+        self.seen.append(batch["sample_index"].tolist())
+        return batch
 
 
 def train(directory: Path, layout: Layout, optimizer: str) -> None:
@@ -139,15 +143,18 @@ def train(directory: Path, layout: Layout, optimizer: str) -> None:
         model = add_adapters(model, lora, name=base, revision=None, seed=1)
     recording = Recording(CachedLogitCollator(pad_token_id=0), [])
     head_jobs.CHUNK = 7  # several chunks
+    samples, size = make_samples(), layout.packed
+    rows = [samples[start : start + size] for start in range(0, len(samples), size)]
     trainer = DistillationTrainer(
         model,
         arguments,
         objective=Objective(kd_weight=0.7, ce_weight=0.3),
         data_collator=recording,
-        train_dataset=make_samples(),
+        train_dataset=rows if size > 1 else samples,
     )
     assert isinstance(trainer._head, FusedHead)
     trainer.train()
+    assert trainer._keeps_documents_apart == (size > 1)
     trainer.save_model()
     record = {
         "backend": describe(trainer.model_wrapped, trainer.accelerator.distributed_type.value),

@@ -102,3 +102,35 @@ def test_a_batch_of_nothing_still_has_a_column() -> None:
 def test_a_collator_pickles_for_dataloader_workers() -> None:
     collator = pickle.loads(pickle.dumps(CachedLogitCollator(pad_token_id=PAD)))
     assert collator([SHORT])["input_ids"].tolist() == [[5, 6]]
+
+
+def test_a_packed_batch_is_the_one_written_by_hand() -> None:
+    batch = CachedLogitCollator(pad_token_id=PAD)([[SHORT, ONE_TOKEN, LONG], [LONG, SHORT]])
+    expected = {
+        "input_ids": [[5, 6, 7, 3, 1, 4, 2], [3, 1, 4, 2, 5, 6, PAD]],
+        "position_ids": [[0, 1, 0, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 0]],
+        "labels": [[NO, 6, NO, NO, 1, NO, 2], [NO, 1, NO, 2, NO, 6, NO]],
+        "target_positions": [0, 3, 5, 7, 9, 11],
+        "target_offsets": [0, 1, 3, 6, 8, 11, 12],
+        "target_ids": [6, 1, 5, 2, 0, 6, 1, 5, 2, 0, 6, 6],
+        "target_weights": [1.0, 0.75, 0.25, 0.0, 0.5, 0.5, 0.75, 0.25, 0.0, 0.5, 0.5, 1.0],
+        "teacher_entropy": [0.5, 0.0, 1.0, 1.0, 0.5],
+        "teacher_logprob": [-1.5, 0.0, -3.0, -3.0, -1.5],
+        "sample_index": [0, 0, 0, 0, 0],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert list(batch) == list(expected)
+
+
+def test_a_packed_row_of_one_or_of_no_tokens_is_packed_too() -> None:
+    batch = CachedLogitCollator(pad_token_id=PAD)([[EMPTY], [SHORT]])
+    assert batch["position_ids"].tolist() == [[0, 1], [0, 1]] and "attention_mask" not in batch
+    assert batch["input_ids"].tolist() == [[PAD, PAD], [5, 6]]
+    assert CachedLogitCollator(pad_token_id=PAD)([[EMPTY]])["position_ids"].tolist() == [[0]]
+
+
+def test_padding_is_a_document_of_its_own() -> None:
+    batch = CachedLogitCollator(pad_token_id=PAD)([[LONG], [SHORT, ONE_TOKEN]])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    wider = CachedLogitCollator(pad_token_id=PAD)([[LONG, LONG], [SHORT, ONE_TOKEN]])
+    assert wider["position_ids"][1].tolist() == [0, 1, 0, 0, 1, 2, 3, 4]

@@ -140,7 +140,7 @@ def test_a_layout_is_what_it_says_and_has_the_same_samples_in_each_step(
     assert backend["sharded"] == (backend["parameters"] if layout.backend.startswith("fsdp2") else 0)
     assert backend["layers"] == (2 if layout.backend == "fsdp2" else 0)  # each is a unit, adapters or not
     assert backend["divided"] == (backend["parameters"] if layout.backend == "zero3" else 0)
-    assert layout.batch * layout.accumulation * run["world_size"] == GLOBAL_BATCH
+    assert layout.batch * layout.packed * layout.accumulation * run["world_size"] == GLOBAL_BATCH
     for step in range(STEPS):
         micro = slice(step * layout.accumulation, (step + 1) * layout.accumulation)
         samples = [index for rank in run["batches"] for batch in rank[micro] for index in batch]

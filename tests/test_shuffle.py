@@ -9,7 +9,9 @@ from made_cache import make_cache, make_rows
 from torch.utils.data import Subset, TensorDataset
 
 from accel_distill.cache import MOST_OPEN, TeacherCache
-from accel_distill.shuffle import WindowSampler, window_sampler
+from accel_distill.packs import PackedCache
+from accel_distill.padding import padding_share
+from accel_distill.shuffle import Grouping, WindowSampler, window_sampler
 
 SHARD_OF_ITEM = np.arange(600) % 20  # 20 shards of 30 items, dealt as lanes are
 SIZES = np.full(20, 100)
@@ -76,3 +78,72 @@ def test_a_cache_says_which_shard_an_item_is_in(shard: int, tmp_path: Path) -> N
     group, lane = divmod(shard, 2)
     items = np.flatnonzero(cache.shard_of_item == shard).tolist()
     assert items == [group * 8 + lane + 2 * number for number in range(4)]
+
+
+LENGTHS = np.random.default_rng(5).integers(1, 500, 600)
+
+
+def grouped(size: int = 8, *, seed: int = 1, window: int = 300) -> WindowSampler:
+    return WindowSampler(
+        SHARD_OF_ITEM, SIZES, seed=seed, epoch=lambda: 0, window=window, grouping=Grouping(LENGTHS, size)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 64, 601])
+def test_grouped_by_length_every_item_comes_once_in_every_epoch(size: int) -> None:
+    for epoch in range(3):
+        assert sorted(grouped(size).order(epoch).tolist()) == list(range(600))
+
+
+def test_the_items_of_a_step_have_about_equal_lengths() -> None:
+    spread = [
+        np.ptp(LENGTHS[order].reshape(-1, 8), axis=1).mean() for order in (grouped().order(0), sampler().order(0))
+    ]
+    assert spread[0] < 0.15 * spread[1]
+    shares = [padding_share(LENGTHS[order], batch=8) for order in (grouped().order(0), sampler().order(0))]
+    assert shares[0] < 0.1 and shares[1] > 0.35
+
+
+def test_steps_come_in_no_order_of_length_and_what_fills_none_comes_last() -> None:
+    order = grouped(7).order(0)
+    means = LENGTHS[order[: 600 // 7 * 7]].reshape(-1, 7).mean(axis=1)
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+    assert len(order) % 7 == 5 and np.ptp(LENGTHS[order[-5:]]) > 50
+
+
+def test_grouped_steps_stay_in_windows_but_for_what_fills_no_step() -> None:
+    size = 8
+    shards = SHARD_OF_ITEM[grouped(size).order(0)]
+    windows = SHARD_OF_ITEM[sampler().order(0)]
+    strays = 0
+    for start in range(0, 600, 90):
+        strays += len([shard for shard in shards[start : start + 90] if shard not in set(windows[start : start + 90])])
+    assert strays < 2 * size * 7
+
+
+def test_the_grouped_order_is_a_function_of_seed_epoch_and_step() -> None:
+    first = grouped().order(0)
+    assert (first == grouped().order(0)).all()
+    for other in (grouped().order(1), grouped(seed=2).order(0), grouped(4).order(0)):
+        assert (first != other).any()
+
+
+def test_a_cache_is_grouped_by_its_own_lengths_and_packs_by_their_shards(tmp_path: Path) -> None:
+    lengths = [[2 + (7 * n) % 30] for n in range(24)]
+    make_cache(tmp_path, make_rows(lengths), lanes=2, samples_per_shard=4)
+    cache = TeacherCache(tmp_path)
+    assert cache.lengths.tolist() == [length for (length,) in lengths]
+    subset = Subset(cache, list(range(4, 24)))  # type: ignore[arg-type]
+    found = window_sampler(subset, seed=0, epoch=lambda: 0, group=4)
+    assert found is not None and sorted(found) == list(range(20))
+    assert found._grouping is not None and found._grouping.lengths.tolist() == cache.lengths[4:].tolist()
+    packs = PackedCache(cache, range(4, 24), most=40)
+    rows = window_sampler(packs, seed=0, epoch=lambda: 0)
+    assert rows is not None and sorted(rows) == list(range(len(packs)))
+    assert (rows._shard_of_item == packs.shard_of_row).all()
+
+
+def test_the_share_of_padding_is_that_counted_by_hand() -> None:
+    assert padding_share(np.array([4, 2, 3, 3, 1]), batch=2) == pytest.approx(2 / 15)
+    assert padding_share(np.array([4, 2, 3, 3, 1]), batch=8) == pytest.approx(7 / 20)
+    assert padding_share(np.array([4, 2, 3]), batch=1) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from accel_distill import __version__
 from accel_distill.cache import TeacherCache
 from accel_distill.cached_data import objective, split_items
 from accel_distill.checkpoint_record import DataRecord, check_resumable
@@ -30,6 +32,7 @@ from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
+from accel_distill.run_record import read_run_record
 from accel_distill.train import main, samples_of_a_step, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 from accel_distill.training_arguments import INTEGRATIONS
@@ -103,10 +106,30 @@ def test_training_writes_the_student_its_tokenizer_metrics_and_the_resolved_conf
     assert (metrics["world_size"], metrics["distributed_type"]) == (1, "NO")
     assert metrics["eval_loss"] == metrics["eval_kl"] > 0  # kd_weight 1, ce_weight 0
     assert (tmp_path / "run.yaml").read_text() == resolved_yaml(config)
+    assert sum(metrics["eval_calibration"]["positions"]) == metrics["eval_positions"]
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in log if "kd" in line and "ce" in line] == [1, 2, 3, 4]
     printed = capsys.readouterr().out
     assert f"{metrics['eval_kl']:.4f}" in printed and str(tmp_path) in printed
+
+
+def test_training_records_with_what_it_ran_and_what_it_read(run: Path, tmp_path: Path) -> None:
+    train(configured(run, tmp_path))
+    record, cache = read_run_record(tmp_path), TeacherCache(run / "cache")
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["accel_distill"] == __version__
+    assert set(record["versions"]) >= {"python", "transformers", "accelerate", "datasets", "tokenizers"}
+    assert record["machine"]["cores"] == os.cpu_count() and record["machine"]["memory_bytes"] > 1e8
+    assert record["machine"]["processor"] and len(record["machine"]["gpus"]) == torch.cuda.device_count()
+    assert (record["world_size"], record["distributed_type"], record["full_logits"]) == (1, "NO", None)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert record["student"]["parameters"] == record["student"]["trained_parameters"] == student.num_parameters()
+    assert record["cache"]["identity"] == cache.identity and record["cache"]["cache_id"] == cache.cache_id
+    assert record["cache"]["samples"] == SAMPLES and record["cache"]["complete"] is True
+    assert record["cache"]["positions"] == sum(len(sample.targets) for sample in cache)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["started"])
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    positions = [line["positions"] for line in log if "positions" in line]
+    assert len(positions) == 4 and sum(positions) == pytest.approx(4 * 4 * 18, rel=0.5)
 
 
 def test_the_saved_student_loads_in_plain_transformers_and_has_the_reported_metrics(run: Path, tmp_path: Path) -> None:
@@ -511,6 +534,8 @@ def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path)
         "content_sha256": cache.content_sha256,
         "eval_samples": HELD_OUT,
         "global_batch": 4,
+        "packing": False,
+        "sampling": "random",
     }
 
 
@@ -520,13 +545,19 @@ def test_the_checkpoint_says_what_it_was_trained_on(run: Path, checkpoint: Path)
         (
             {"training": {"per_device_train_batch_size": 2}},
             ConfigError,
-            "a step takes 2 samples in this run .* and took 4 in .*checkpoint-2",
+            "a step takes 2 rows in this run .* and took 4 in .*checkpoint-2",
         ),
-        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 samples .* and took 4"),
+        ({"training": {"gradient_accumulation_steps": 3}}, ConfigError, "a step takes 12 rows .* and took 4"),
         (
             {"dataset": {"eval_samples": 5, "max_samples": SAMPLES}},
             ConfigError,
             f"dataset.eval_samples is 5 in this run and {HELD_OUT} in",
+        ),
+        ({"training": {"packing": True}}, ConfigError, "training.packing is true in this run and false in .*; set it"),
+        (
+            {"training": {"train_sampling_strategy": "group_by_length"}},
+            ConfigError,
+            "train_sampling_strategy is group_by_length in this run and random in",
         ),
     ],
 )
@@ -583,6 +614,18 @@ def test_the_advice_about_another_cache_can_be_followed(tmp_path: Path, changes:
     with pytest.raises(CacheMismatch, match=sentence) as caught:
         check_resumable(tmp_path, replace(then, **now))
     assert ("set it back" in str(caught.value)) == ("cache_id" in changes)
+
+
+def test_a_record_without_the_newer_fields_is_one_of_plain_rows(tmp_path: Path) -> None:
+    then = DataRecord(cache_id="a", samples=26, content_sha256="a", eval_samples=2, global_batch=4)
+    older = {name: value for name, value in asdict(then).items() if name not in ("packing", "sampling")}
+    state = {"stateful_callbacks": {"CheckpointRecord": {"args": older}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    check_resumable(tmp_path, then)
+    check_resumable(tmp_path, replace(then, sampling="sequential"))
+    for now in ({"packing": True}, {"sampling": "group_by_length"}):
+        with pytest.raises(ConfigError, match="set it back"):
+            check_resumable(tmp_path, replace(then, **now))
 
 
 def test_batch_and_accumulation_may_change_where_their_product_stays(
@@ -680,3 +723,25 @@ def test_a_signal_ends_training_with_its_status_and_one_sentence(
     threading.Thread(target=stop, daemon=True).start()
     assert main(["--config", str(path)]) == 143
     assert "stopped by SIGTERM; what was published or saved is kept" in capsys.readouterr().err
+
+
+def test_packed_training_says_what_it_saves_and_counts_samples(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = train(configured(run, tmp_path, training={"packing": True, "max_steps": -1, "num_train_epochs": 1}))
+    cache = TeacherCache(run / "cache")
+    training = [item for item in range(HELD_OUT, len(cache)) if cache.has_target[item]]
+    assert metrics["train_samples"] == len(training) and metrics["eval_samples"] == HELD_OUT
+    said = re.search(r"packed (\d+) samples into (\d+) rows of at most (\d+) tokens: ([\d.]+)% of the", caplog.text)
+    assert said is not None
+    assert int(said[1]) == len(training) > int(said[2]) and int(said[3]) == MAX_LENGTH
+    steps = [line for line in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "kd" in line]
+    assert len(steps) == -(-int(said[2]) // 4)
+    plain = train(configured(run, tmp_path / "plain", training={"max_steps": 1}))
+    assert metrics["eval_positions"] == plain["eval_positions"]
+
+
+def test_grouped_training_says_what_it_saves(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(configured(run, tmp_path, training={"train_sampling_strategy": "group_by_length"}))
+    said = re.search(r"grouped \d+ samples by length: ([\d.]+)% of the batches is padding, ([\d.]+)%", caplog.text)
+    assert said is not None and float(said[1]) < float(said[2])

@@ -18,6 +18,8 @@ from accel_distill.training_arguments import (
     _transformers,
     check_training,
     default_report_to,
+    is_packed,
+    library_arguments,
     sharded_by,
 )
 
@@ -70,6 +72,8 @@ def test_an_annotation_is_split_into_its_members(annotation: str, members: list[
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0},
         {"num_train_epochs": 0.01, "logging_steps": 0.1, "save_total_limit": None, "report_to": "all"},
         {"report_to": []},
+        {"packing": True},
+        {"packing": False, "train_sampling_strategy": "group_by_length"},
     ],
 )
 def test_what_training_can_use_passes(values: dict[str, Any]) -> None:
@@ -110,6 +114,11 @@ def test_what_training_can_use_passes(values: dict[str, Any]) -> None:
         ("logging_steps", 0, "expected more than 0"),
         ("save_steps", -1, "expected more than 0"),
         ("eval_steps", 0, "expected more than 0"),
+        ("packing", 1, "found 1 (whole number), expected true or false"),
+        ("packing", "true", "found 'true' (text), expected true or false"),
+        ("packing", None, "found null, expected true or false"),
+        ("packin", True, "unknown key; did you mean 'packing'?"),
+        ("train_sampling_strategy", "batch_rebalance", "expected random or sequential or group_by_length, or no"),
         ("report_to", "tensorbord", "found 'tensorbord' (text); did you mean 'tensorboard'?"),
         ("report_to", ["non"], "did you mean 'none'?"),
         ("report_to", "qqq", "expected none or all alone, or some of azure_ml, clearml"),
@@ -166,3 +175,13 @@ def test_the_log_goes_to_tensorboard_where_that_is_installed(
 )
 def test_section_training_tells_who_shards_the_student(values: dict[str, Any], expected: str | None) -> None:
     assert sharded_by(values) == expected
+
+
+def test_packing_and_grouping_by_length_are_one_or_the_other() -> None:
+    with pytest.raises(WrongValue, match="train_sampling_strategy is group_by_length; expected one of the two"):
+        check_training({"train_sampling_strategy": "group_by_length", "packing": True})
+
+
+def test_our_own_key_does_not_reach_the_library() -> None:
+    assert library_arguments({"packing": True, "seed": 1}) == {"seed": 1}
+    assert is_packed({"packing": True}) and not is_packed({"packing": False}) and not is_packed({})
