@@ -115,7 +115,7 @@ def test_one_process_goes_on_with_the_same_samples_in_each_step(run: Path) -> No
     [
         ({"dataset": {"max_samples": 999}}, ConfigError, "dataset.max_samples is 999 in this run and was 1000"),
         ({"dataset": {"eval_samples": 5}}, ConfigError, "dataset.eval_samples is 5 in this run and 4"),
-        ({"training": {"per_device_train_batch_size": 5}}, ConfigError, "a step takes 5 samples"),
+        ({"training": {"per_device_train_batch_size": 5}}, ConfigError, "a step takes 5 rows"),
         ({"dataset": {"max_length": 16}}, CacheMismatch, "sequence.max_length is 32 in .* and 16 in this run"),
         ({"targets": {"temperature": 2.0}}, CacheMismatch, "targets.temperature is 1.0 in .* and 2.0 in this run"),
         ({"targets": {"method": "top_k"}}, CacheMismatch, "targets.method is 'dense' in .* and 'top_k' in this run"),
