@@ -6,7 +6,7 @@ over other samples than those that are left; so each is refused with both values
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.manifest import differences
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
 
 log = logging.getLogger("accel_distill.train")
 
+ANEW = "start anew with training.resume_from_checkpoint=null and another training.output_dir"
 LARGEST_STATE = 256 * MEBIBYTE  # bytes of a trainer_state.json: it holds the whole log
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a step of training depends on, beside the model and the seed."""
+    """What a step of training from a cache depends on, beside the model and the seed."""
 
     cache_id: str
     samples: int  # of the stream, in the shards that are trained on
@@ -34,23 +36,33 @@ class DataRecord:
     sampling: str = "random"  # training.train_sampling_strategy
 
 
+@dataclass(frozen=True)
+class OnlineRecord:
+    """What a step of training with an online teacher depends on, beside the model and the seed."""
+
+    made_from: dict[str, Any]  # what identifies teacher, tokenizer, dataset, sequences and targets
+    samples: int | None  # of the stream, at most
+    eval_samples: int
+    global_batch: int
+
+
 class CheckpointRecord(TrainerCallback, ExportableState):
-    """Puts a `DataRecord` into every checkpoint."""
+    """Puts a `DataRecord` or an `OnlineRecord` into every checkpoint."""
 
     def __init__(self, **record: Any) -> None:
-        """Take the fields of a `DataRecord`."""
-        self.record = DataRecord(**record)
+        """Take the fields of a record."""
+        self.record = record
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes."""
-        return {"args": asdict(self.record), "attributes": {}}
+        return {"args": self.record, "attributes": {}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Make room for the record in the state that came from a checkpoint of an older version."""
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
 
-def check_resumable(checkpoint: Path, record: DataRecord) -> None:
+def check_resumable(checkpoint: Path, record: DataRecord | OnlineRecord) -> None:
     """Raise CacheMismatch, or ConfigError for another batch, where a checkpoint was made from other data."""
     try:
         state = parse_json_object(read_regular(checkpoint / "trainer_state.json", limit=LARGEST_STATE))
@@ -70,36 +82,50 @@ def check_resumable(checkpoint: Path, record: DataRecord) -> None:
             checkpoint,
         )
         return
-    older = {"packing": False, "sampling": record.sampling if record.sampling == "sequential" else "random"}
-    for name, now in asdict(record).items():
+    was_online, is_online = "made_from" in before, isinstance(record, OnlineRecord)
+    if was_online != is_online:
+        mode, before_mode = (("cached", "online")[online] for online in (is_online, was_online))
+        raise ConfigError(
+            f"teacher.mode is {mode} in this run and was {before_mode} in {checkpoint}; set it back, or {ANEW}"
+        )
+    sampling = getattr(record, "sampling", "random")
+    older = {"packing": False, "sampling": sampling if sampling == "sequential" else "random"}
+    for name, now in vars(record).items():
         if (then := before.get(name, older.get(name))) != now:
-            raise _refused(name, then, now, checkpoint)
+            raise _refused(name, then, now, checkpoint, is_online=is_online)
 
 
-def _refused(name: str, then: object, now: object, checkpoint: Path) -> ConfigError | CacheMismatch:
-    anew = "start anew with training.resume_from_checkpoint=null and another training.output_dir"
+def _refused(name: str, then: Any, now: Any, checkpoint: Path, *, is_online: bool) -> ConfigError | CacheMismatch:
     if name == "global_batch":
         return ConfigError(
             f"training: a step takes {now} rows in this run (per_device_train_batch_size x "
             f"gradient_accumulation_steps x processes), and took {then} in {checkpoint}; set them so that it does, or "
-            f"{anew}"
+            f"{ANEW}"
         )
     if name in ("packing", "sampling"):
         key = "packing" if name == "packing" else "train_sampling_strategy"
         return ConfigError(
             f"training.{key} is {str(now).lower()} in this run and {str(then).lower()} in {checkpoint}, so the epoch "
-            f"would go on over other samples than those that are left; set it back, or {anew}"
+            f"would go on over other samples than those that are left; set it back, or {ANEW}"
         )
     if name == "eval_samples":
         return ConfigError(
             f"dataset.eval_samples is {now} in this run and {then} in {checkpoint}, so samples that were held out "
-            f"would be trained on, or the other way round; set it back, or {anew}"
+            f"would be trained on, or the other way round; set it back, or {ANEW}"
+        )
+    if name == "made_from":
+        changed = differences(then, now, where=str(checkpoint))[0]
+        return CacheMismatch(f"training goes on with other data than before: {changed}; set it back, or {ANEW}")
+    if name == "samples" and is_online:
+        return ConfigError(
+            f"dataset.max_samples is {now} in this run and was {then} in {checkpoint}, so the steps to come would be "
+            f"others; set it back, or {ANEW}"
         )
     if name == "cache_id":
         return CacheMismatch(
-            f"cache.path: it is the cache {now}, and in {checkpoint} it was {then}; set it back, or {anew}"
+            f"cache.path: it is the cache {now}, and in {checkpoint} it was {then}; set it back, or {ANEW}"
         )
-    went_over, back = f"as {checkpoint} went over them", f"bring back a copy of the cache as it was, or {anew}"
+    went_over, back = f"as {checkpoint} went over them", f"bring back a copy of the cache as it was, or {ANEW}"
     if name == "samples" and isinstance(now, int) and isinstance(then, int):
         how = "grown" if now > then else "shrunk"
         return CacheMismatch(f"cache.path: the cache has {how} from {then} samples, {went_over}, to {now}; {back}")

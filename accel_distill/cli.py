@@ -55,9 +55,10 @@ def check(argv: list[str]) -> int:
 
     config = load_config(path, overrides)
     samples = "all samples" if config.dataset.max_samples is None else f"{config.dataset.max_samples:,} samples"
+    into = "without a cache: the teacher is online" if config.teacher.mode == "online" else f"into {config.cache.path}"
     print(
         f"{path}: valid: teacher {config.teacher.model}, {samples} of {config.dataset.name},"
-        f" {config.targets.method} {config.targets.parameter:g}, into {config.cache.path}"
+        f" {config.targets.described}, {into}"
     )
     return 0
 

@@ -9,7 +9,7 @@ template `run_file.yaml`; a test compares the two.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,11 +22,15 @@ from pydantic import (
 )
 
 from accel_distill.disk_space import parse_share, parse_size
-from accel_distill.divergences import Divergence, TopKTail, refused_divergence, refused_tail
+from accel_distill.divergences import Divergence, TargetKind, TopKTail, refused_divergence, refused_tail
 from accel_distill.errors import ConfigError
 from accel_distill.explain import WrongValue, first_mistake, mismatch
 from accel_distill.run_file import apply_overrides, parse_override, read_run_file, to_yaml
+from accel_distill.teacher_mode import NO_CACHE_OF_DENSE, check_online
 from accel_distill.training_arguments import check_training
+
+if TYPE_CHECKING:
+    from accel_distill.codec import Method
 
 LOCAL_FORMATS = ("json", "text", "parquet", "csv")  # readers of local files, for which data_files says which
 LARGEST_SEED = 2**63 - 1  # an int64
@@ -95,9 +99,10 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    """The model whose distributions are cached, and how it runs."""
+    """The model whose distributions are cached, or learned from while it runs (`mode: online`), and how it runs."""
 
     model: Place
+    mode: Literal["cached", "online"] = "cached"
     revision: Text | None = None
     dtype: Dtype = "auto"
     attn_implementation: Text | None = None
@@ -149,9 +154,9 @@ class DatasetConfig(Section):
 
 
 class TargetsConfig(Section):
-    """What is stored of a distribution."""
+    """What is stored of a distribution, or with an online teacher learned from it."""
 
-    method: Literal["threshold", "top_k", "random"] = "threshold"
+    method: TargetKind = "threshold"
     threshold: Annotated[float, Field(ge=1e-6, lt=1)] = 0.03  # 1e-6: weights in units of 2**-24, exact in float32
     top_k: Annotated[int, Field(ge=1, le=4096)] = 64
     draws: Annotated[int, Field(ge=1, le=65_535)] = 50
@@ -159,9 +164,20 @@ class TargetsConfig(Section):
     seed: Seed = 0
 
     @property
+    def sampled(self) -> "Method":
+        """The method, which is not `dense`: so it is in every run with a cache."""
+        assert self.method != "dense"
+        return self.method
+
+    @property
     def parameter(self) -> float:
-        """The number that belongs to the method: the threshold, k, or the number of draws."""
-        return {"threshold": self.threshold, "top_k": self.top_k, "random": self.draws}[self.method]
+        """The number that belongs to the sampled method: the threshold, k, or the number of draws."""
+        return {"threshold": self.threshold, "top_k": self.top_k, "random": self.draws}[self.sampled]
+
+    @property
+    def described(self) -> str:
+        """The method and its number, for people."""
+        return self.method if self.method == "dense" else f"{self.method} {self.parameter:g}"
 
 
 class CacheConfig(Section):
@@ -242,7 +258,8 @@ class RunConfig(Section):
     teacher: TeacherConfig
     dataset: DatasetConfig
     targets: TargetsConfig = TargetsConfig()
-    cache: CacheConfig
+    # Not there where the teacher is online: whatever reads a cache refuses such a run first (teacher_mode.py).
+    cache: CacheConfig = None  # type: ignore[assignment]
     student: StudentConfig | None = None
     loss: LossConfig = LossConfig()
     training: Annotated[dict[str, Any], AfterValidator(_checked_training)] = {}
@@ -250,6 +267,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         method, loss = self.targets.method, self.loss
+        if self.teacher.mode == "online":
+            check_online(
+                self.training,
+                on_nonfinite=self.teacher.on_nonfinite,
+                streaming=self.dataset.streaming,
+                long_documents=self.dataset.long_documents,
+            )
+        elif method == "dense":
+            raise WrongValue("targets.method", NO_CACHE_OF_DENSE)
+        elif self.cache is None:
+            raise WrongValue("cache.path", "is missing")
         if problem := refused_divergence(method, loss.divergence):
             raise WrongValue("loss.divergence", problem)
         if problem := refused_tail(method, loss.top_k_tail):
@@ -274,7 +302,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = apply_overrides(read_run_file(path), replaced)
     # `loss:` with nothing below it is a section of defaults; an unknown name stays, to be refused
     given = {name: section for name, section in values.items() if section is not None or name not in SECTIONS}
-    needed: dict[str, Any] = {"teacher": {}, "dataset": {}, "cache": {}}
+    needed: dict[str, Any] = {"teacher": {}, "dataset": {}}
+    teacher = given.get("teacher")
+    if not (isinstance(teacher, dict) and teacher.get("mode") == "online"):
+        needed["cache"] = {}
     try:
         return RunConfig.model_validate({**needed, **given})
     except ValidationError as error:
@@ -285,4 +316,4 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def resolved_yaml(config: RunConfig) -> str:
     """Return every value of a configuration, defaults and overrides included, as a run file."""
-    return to_yaml(config.model_dump(mode="json"))
+    return to_yaml(config.model_dump(mode="json", exclude={"cache"} if config.cache is None else None))

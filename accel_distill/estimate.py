@@ -38,6 +38,7 @@ from accel_distill.projection import (
 )
 from accel_distill.run_plan import ALTERNATIVES, Plan, from_curves, open_plan, too_large
 from accel_distill.screen import terminal_width
+from accel_distill.teacher_mode import refuse_without_cache
 
 log = logging.getLogger("accel_distill.estimate")
 
@@ -80,6 +81,7 @@ def estimate(
 
     `positions_per_second` of all processes replaces the measured speed. Raises the RunErrors of errors.py.
     """
+    refuse_without_cache(config.teacher.mode, "estimate")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     log.info("counting the lengths of at most %s samples", f"{COUNTED:,}")
     plan = open_plan(config, processes=processes, counted=COUNTED, seconds=READ_FOR)

@@ -24,7 +24,7 @@ from accel_distill.disk_space import DiskSpace
 from accel_distill.divided import check_parallelism, is_divided
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError, exit_with
 from accel_distill.hints import HintWriter, start_late
-from accel_distill.identity import Opening, open_for_generation
+from accel_distill.identity import Opening, open_for_generation, pinned
 from accel_distill.lookout import Lookout
 from accel_distill.manifest import (
     Record,
@@ -52,6 +52,7 @@ from accel_distill.shard_writer import shard_writer
 from accel_distill.stopping import Stop, stop_on_signals
 from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
+from accel_distill.teacher_mode import refuse_without_cache
 from accel_distill.tokens import SequenceRule, load_tokenizer
 from accel_distill.turns import Turns
 
@@ -91,13 +92,15 @@ def generate(
     `force` begins a run that cannot fit the disk. Raises the RunErrors of errors.py. Every rank of the run calls it.
     """
     begun = time.monotonic()
+    refuse_without_cache(config.teacher.mode, "generate")
     refuse_sharding(os.environ, parallelism=config.teacher.parallelism)
     world = start_processes()
     world.set_up_logging()
     record, committed, run = world.from_main(
         lambda: _open(config, world, allow_numerics_drift=allow_numerics_drift, force=force)
     )
-    config = _pinned(config, record)
+    identity = record.identity
+    config = pinned(config, teacher=identity["teacher"], source=identity["dataset"]["source"])
     ranks = Ranks(scratch(record.path), run, rank=world.rank, world_size=world.world_size)
     space = DiskSpace(record.path, min_free=config.cache.min_free_disk, max_bytes=config.cache.max_bytes)
     with Lookout(ranks, space, rank=world.rank, stop=stop) as lookout:
@@ -169,17 +172,6 @@ def _open(
     run = temporary_name(uuid.uuid4().hex)
     make_files(scratch(record.path), run, world_size=world.world_size)
     return record, {place: (header.samples, header.texts_sha256) for place, header in headers.items()}, run
-
-
-def _pinned(config: RunConfig, record: Record) -> RunConfig:
-    """Name the hub commits that rank 0 found, so that a push while the ranks start cannot mix two of them."""
-    sections: dict[str, Any] = {}
-    if commit := record.identity["teacher"].get("commit"):
-        sections["teacher"] = config.teacher.model_copy(update={"revision": commit})
-    commit = record.identity["dataset"]["source"].get("commit")
-    if commit and "," not in commit and config.dataset.data_files is None:
-        sections["dataset"] = config.dataset.model_copy(update={"revision": commit})
-    return config.model_copy(update=sections)
 
 
 def _withdraw_if_incomplete(record: Record) -> None:
@@ -267,7 +259,7 @@ def _load_maker(config: RunConfig, record: Record, world: World, turns: Turns) -
         teacher=model,
         tokenizer=tokenizer,
         rule=SequenceRule.of(dataset),
-        sampling=Sampling(targets.method, float(targets.parameter), targets.temperature, targets.seed),
+        sampling=Sampling(targets.sampled, float(targets.parameter), targets.temperature, targets.seed),
         tokens_per_batch=teacher.tokens_per_batch,
         on_nonfinite=teacher.on_nonfinite,
         before_forward=functools.partial(turns.take, has_batch=True),

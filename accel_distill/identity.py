@@ -10,7 +10,8 @@ import importlib.metadata
 import itertools
 import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,22 +121,17 @@ def _identity(
     config: RunConfig, stream: TextStream, model: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
     """Return the identity but for the layout, which depends on whether the cache is there."""
-    dataset, targets = config.dataset, config.targets
+    targets = config.targets
     return {
         "format": FORMAT,
         "teacher": teacher_identity(config.teacher, model),
         "tokenizer": tokenizer_identity(tokenizer),
-        "dataset": _dataset_identity(config, stream),
-        "sequence": {
-            "max_length": dataset.max_length,
-            "long_documents": dataset.long_documents,
-            "add_special_tokens": dataset.add_special_tokens,
-            "append_eos": dataset.append_eos,
-        },
+        "dataset": dataset_identity(config, stream),
+        "sequence": asdict(SequenceRule.of(config.dataset)),
         "targets": {
             "method": targets.method,
             "parameter": float(targets.parameter),
-            "scale": weight_scale(targets.method, targets.parameter),
+            "scale": weight_scale(targets.sampled, targets.parameter),
             "temperature": float(targets.temperature),
             "seed": targets.seed,
             "uniforms": VERSION,
@@ -153,10 +149,10 @@ def _reopen(
     lanes = config.cache.lanes or layout["lanes"]
     identity["layout"] = _layout_identity(config, lanes=lanes, ranks_sha256=layout["ranks_sha256"])
     changed = [
-        _as_written(sentence, method=config.targets.method) for sentence in differences(record.identity, identity)
+        _as_written(sentence, method=config.targets.sampled) for sentence in differences(record.identity, identity)
     ]
     drifted = [
-        _as_written(sentence, method=config.targets.method) for sentence in differences(record.numerics, numerics)
+        _as_written(sentence, method=config.targets.sampled) for sentence in differences(record.numerics, numerics)
     ]
     if changed or (drifted and not (allow_numerics_drift and listed_shards(path))):
         raise CacheMismatch(_refusal(path, changed, drifted))
@@ -271,6 +267,20 @@ def _update_plan(config: RunConfig, record: Record) -> list[str]:
     return [f"the cache {'shrinks' if shrinks else 'grows'} from max_samples {before} to {wanted or 'no limit'}"]
 
 
+def pinned(config: RunConfig, *, teacher: Mapping[str, Any], source: Mapping[str, Any]) -> RunConfig:
+    """Name the hub commits that rank 0 found, so that a push while the ranks start cannot mix two of them.
+
+    `teacher` and `source` are the identity's: of the teacher, and of the dataset.
+    """
+    sections: dict[str, Any] = {}
+    if commit := teacher.get("commit"):
+        sections["teacher"] = config.teacher.model_copy(update={"revision": commit})
+    commit = source.get("commit")
+    if commit and "," not in commit and config.dataset.data_files is None:
+        sections["dataset"] = config.dataset.model_copy(update={"revision": commit})
+    return config.model_copy(update=sections)
+
+
 def check_length(config: RunConfig, text: "PretrainedConfig") -> None:
     """Raise ConfigError where the teacher was made for shorter samples."""
     positions = getattr(text, "max_position_embeddings", None)
@@ -297,7 +307,8 @@ def teacher_identity(teacher: TeacherConfig, model: "PretrainedConfig") -> dict[
     return {**described, "name": teacher.model, "commit": commit}
 
 
-def _dataset_identity(config: RunConfig, stream: TextStream) -> dict[str, Any]:
+def dataset_identity(config: RunConfig, stream: TextStream) -> dict[str, Any]:
+    """Return what identifies the texts, which for local files takes reading them."""
     dataset = config.dataset
     return {
         "name": Path(dataset.name).name if Path(dataset.name).is_dir() else dataset.name,

@@ -323,8 +323,10 @@ def remove_superseded(record: Record, total: int) -> list[str]:
     return [shard_name(*shard) for shard in stale]
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a sentence for each dotted key at which `found` (this run) differs from `expected` (the cache).
+def differences(
+    expected: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "", *, where: str = "the cache"
+) -> list[str]:
+    """Return a sentence for each dotted key at which `found` (this run) differs from `expected` (`where`).
 
     Of a list (a dataset may have thousands of files) only the first difference is told.
     """
@@ -332,13 +334,13 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], prefix: s
     for key in sorted(set(expected) | set(found)):
         ours, theirs, name = found.get(key), expected.get(key), f"{prefix}{key}"
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            sentences += differences(theirs, ours, prefix=f"{name}.")
+            sentences += differences(theirs, ours, prefix=f"{name}.", where=where)
         elif ours != theirs:
             if isinstance(ours, list) and isinstance(theirs, list):
                 pairs = itertools.zip_longest(theirs, ours)
                 place, (theirs, ours) = next(pair for pair in enumerate(pairs) if pair[1][0] != pair[1][1])
                 name = f"{name}[{place}]"
-            sentences.append(f"{name} is {theirs!r} in the cache and {ours!r} in this run")
+            sentences.append(f"{name} is {theirs!r} in {where} and {ours!r} in this run")
     return sentences
 
 

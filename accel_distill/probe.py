@@ -80,7 +80,7 @@ def run_probe(
     load_seconds = time.monotonic() - begun
     texts = [lengths.texts[k] for k in spread_by_length(lengths.positions, wanted)]  # from short to long
     targets = config.targets
-    own = _encoder(config, targets.method, float(targets.parameter), teacher, tokenizer, lengths.id_counts)
+    own = _encoder(config, targets.sampled, float(targets.parameter), teacher, tokenizer, lengths.id_counts)
     try:
         own.maker.compute(OpenShard(0, 0, texts[-1:]))  # a warm-up
         content, seconds = _timed(own.maker, texts)
@@ -91,7 +91,7 @@ def run_probe(
     shard, encode_seconds = _shard_bytes(own, content, samples_per_shard=per_shard, of=of)
     some = part_of(content, range(EVERY // 2 % len(texts), len(texts), EVERY))
     base = max(own.encode(some).columns, 1)
-    ratios: dict[tuple[Method, float], float] = {(targets.method, targets.parameter): 1.0}
+    ratios: dict[tuple[Method, float], float] = {(targets.sampled, targets.parameter): 1.0}
     for method, parameter in others:
         if (method, parameter) in ratios:
             continue

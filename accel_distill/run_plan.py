@@ -121,7 +121,7 @@ def from_curves(config: RunConfig) -> tuple[ShardBytes, dict[tuple[Method, float
     """Return what shards and positions take by the stored curves, for the run's method and for the others."""
     targets = config.targets
     others = {place: stored_bytes_per_position(*place) for place in ALTERNATIVES}
-    return ShardBytes(SHARD_BYTES, stored_bytes_per_position(targets.method, targets.parameter)), others
+    return ShardBytes(SHARD_BYTES, stored_bytes_per_position(targets.sampled, targets.parameter)), others
 
 
 def too_large(path: Path, needed: float, room: Room, *, what: str) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler, Subset
 
 from accel_distill.cache import MOST_OPEN, OPEN_BYTES, TeacherCache
 from accel_distill.packs import PackedCache
+from accel_distill.text_rows import MapRows
 from accel_distill.training_arguments import BY_LENGTH
 
 if TYPE_CHECKING:
@@ -91,13 +92,15 @@ def training_sampler(dataset: object, args: "TrainingArguments", *, epoch: Calla
 def window_sampler(
     dataset: object, *, seed: int, epoch: Callable[[], int], group: int | None = None
 ) -> WindowSampler | None:
-    """Return the sampler for a `TeacherCache`, a `Subset` of one, or a `PackedCache`; None for another dataset.
+    """Return the sampler for a `TeacherCache`, a `Subset`, a `PackedCache` or `MapRows`; None for others.
 
     With `group`, the number of items of a step, these are of about equal length.
     """
     if isinstance(dataset, PackedCache):
         return WindowSampler(dataset.shard_of_row, dataset.cache.shard_bytes, seed=seed, epoch=epoch)
     cache = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if isinstance(cache, MapRows):  # any order costs the same: one window
+        return WindowSampler(np.zeros(len(cache), np.int64), np.zeros(1, np.int64), seed=seed, epoch=epoch)
     if not isinstance(cache, TeacherCache):
         return None
     chosen = np.asarray(dataset.indices, np.int64) if isinstance(dataset, Subset) else np.arange(len(cache))

@@ -79,7 +79,7 @@ class TextStream:
                 dataset = dataset.select(range(start.at, len(dataset)))
             else:
                 dataset.load_state_dict(start.state if start.at else self._first)
-            for count, row in enumerate(dataset, start=start.at + 1):
+            for count, row in enumerate(_unsplit(dataset), start=start.at + 1):
                 yield _text(row, config.text_column, index=count - 1)
         except _dataset_errors() as error:
             if is_transient(error):
@@ -267,6 +267,20 @@ def _text(row: Mapping[str, Any], column: str, *, index: int) -> Text:
         f"dataset.text_column: {column!r} holds {kind} at sample {index}, expected text"
         + (f"; the columns with text are {texts}" if texts else "")
     )
+
+
+def _unsplit(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """Iterate over a dataset; a streamed one gives each worker of a DataLoader all of it, not files of its own."""
+    import fsspec
+    from datasets import IterableDataset
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is None or not isinstance(dataset, IterableDataset):
+        yield from dataset
+        return
+    fsspec.asyn.reset_lock()  # as the datasets library does in a worker, which would wait for a thread that it has not
+    for batch in dataset.iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
 
 
 def _dataset_errors() -> tuple[type[BaseException], ...]:

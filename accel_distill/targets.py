@@ -87,7 +87,11 @@ class SparseTargets:
 
     def cpu(self) -> "SparseTargets":
         """Return the same targets on the host."""
-        return SparseTargets(self.method, self.parameter, *(getattr(self, f.name).cpu() for f in fields(self)[2:]))
+        return self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> "SparseTargets":
+        """Return the same targets on a device."""
+        return SparseTargets(self.method, self.parameter, *(getattr(self, f.name).to(device) for f in fields(self)[2:]))
 
     def arrays(self) -> Arrays:
         """Return the integer fields as numpy arrays on the host, as the codec takes them."""

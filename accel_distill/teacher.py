@@ -6,10 +6,10 @@ changes nothing else.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,15 @@ class TeacherOutput:
     finite: np.ndarray  # (positions with a next token,) bool: the P that are here; all, unless the others were skipped
 
 
+class SampledChunk(NamedTuple):
+    """Targets of consecutive positions, on the teacher's device; a skipped position is in `finite` alone."""
+
+    targets: SparseTargets
+    entropy: Tensor  # (n,) float64, nats, at the sampling's temperature
+    logprob: Tensor  # (n,) float64: of the true next token, at temperature 1
+    finite: Tensor  # bool, of all positions of the chunk
+
+
 class Teacher:
     """A frozen causal language model, on one device, on several, or divided among the ranks."""
 
@@ -75,7 +84,7 @@ class Teacher:
         self._first_device = device_of(model.get_input_embeddings())
         output = model.get_output_embeddings()
         self.device = self._first_device if output is None else device_of(output)  # of targets
-        self._head_chunk, self._valid_ids = head_chunk, min(valid_ids, self.vocab_size)
+        self.head_chunk, self.valid_ids = head_chunk, min(valid_ids, self.vocab_size)
         self.head, reason = separate_head(model)  # whole on every rank; None: it cannot be told from the rest
         if self.head is None:
             log.warning("%s: the logits of a whole batch will exist at once (%s)", type(model).__name__, reason)
@@ -122,31 +131,58 @@ class Teacher:
         """
         ids, mask = _padded(batch, self.device)
         has_next = mask[:, 1:]
-        next_ids = ids[:, 1:][has_next]
         index = torch.tensor([row.sample_index for row in batch], device=self.device)
         start = torch.tensor([row.start for row in batch], device=self.device)
         width = torch.arange(ids.shape[1] - 1, device=self.device)
-        samples = index[:, None].expand_as(has_next)[has_next]
-        positions = (start[:, None] + width)[has_next]
-        logits_of = self._forward(ids, mask, has_next)
+        chunks = self.sampled_chunks(
+            self.read(ids, mask, has_next),
+            next_ids=ids[:, 1:][has_next],
+            samples=index[:, None].expand_as(has_next)[has_next],
+            positions=(start[:, None] + width)[has_next],
+            sampling=sampling,
+            on_nonfinite=on_nonfinite,
+        )
         targets, entropy, logprob, finite = [no_targets(sampling.method, sampling.parameter)], [], [], []
-        for begin in range(0, len(next_ids), self._head_chunk):
-            part = slice(begin, begin + self._head_chunk)
+        for chunk in chunks:
+            targets.append(chunk.targets.cpu())
+            entropy.append(chunk.entropy.cpu().numpy())
+            logprob.append(chunk.logprob.cpu().numpy())
+            finite.append(chunk.finite.cpu().numpy())
+            if report:
+                report(len(targets[-1]))
+        none, nothing = [np.zeros(0)], [np.zeros(0, bool)]
+        return TeacherOutput(
+            concatenate(targets),
+            np.concatenate(none + entropy),
+            np.concatenate(none + logprob),
+            np.concatenate(nothing + finite),
+        )
+
+    def sampled_chunks(
+        self,
+        logits_of: Callable[[slice], Tensor],
+        *,
+        next_ids: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        sampling: Sampling,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+    ) -> Iterator[SampledChunk]:
+        """Yield the targets of P positions, `head_chunk` at a time, on the device; see `targets_for`.
+
+        `logits_of` is what `read` gives; `next_ids`, `samples` (stream indices) and `positions` (in the document) are
+        (P,) each.
+        """
+        for begin in range(0, len(next_ids), self.head_chunk):
+            part = slice(begin, begin + self.head_chunk)
             chunk = read_logits(
-                logits_of(part),
-                next_ids=next_ids[part],
-                temperature=sampling.temperature,
-                valid_ids=self._valid_ids,
+                logits_of(part), next_ids=next_ids[part], temperature=sampling.temperature, valid_ids=self.valid_ids
             )
-            is_finite = chunk.entropy.isfinite()
-            finite.append(is_finite.cpu().numpy())
-            at = samples[part], positions[part]
-            if not finite[-1].all():
+            is_finite, at = chunk.entropy.isfinite(), (samples[part], positions[part])
+            if not is_finite.all():
                 if on_nonfinite == "stop":
                     raise _not_finite(is_finite, *at)
                 chunk, at = chunk.only(is_finite), (at[0][is_finite], at[1][is_finite])
-            entropy.append(chunk.entropy.cpu().numpy())
-            logprob.append(chunk.logprob.cpu().numpy())
             found = sample(
                 chunk,
                 method=sampling.method,
@@ -155,17 +191,9 @@ class Teacher:
                 sample_index=at[0],
                 position=at[1],
             )
-            targets.append(found.cpu())
-            if report:
-                report(len(found))
+            entropy, logprob = chunk.entropy, chunk.logprob
             del chunk
-        none, nothing = [np.zeros(0)], [np.zeros(0, bool)]
-        return TeacherOutput(
-            concatenate(targets),
-            np.concatenate(none + entropy),
-            np.concatenate(none + logprob),
-            np.concatenate(nothing + finite),
-        )
+            yield SampledChunk(found, entropy, logprob, is_finite)
 
     def rehearse(self, *, tokens: int, length: int) -> None:
         """Run the largest batch once, so that it runs out of memory in the first minute or not at all."""
@@ -176,13 +204,20 @@ class Teacher:
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"the device is too small for a batch of {tokens:,} tokens (teacher.tokens_per_batch) with the "
-                f"logits of {self._head_chunk} positions (teacher.head_chunk) at once; lower one of them, or "
+                f"logits of {self.head_chunk} positions (teacher.head_chunk) at once; lower one of them, or "
                 "dataset.max_length"
             ) from error
 
-    def _forward(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
-        """Run the model; return a function from a range of wanted positions to their logits (n, V), to overwrite."""
-        head = self.head
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
+        """Run the model once; return a function from a range of wanted positions to their logits, to overwrite.
+
+        `ids` and `mask` are (B, T), `wanted` (B, T - 1) bool; logits are (n, V), on `device`, in the model's dtype, and
+        those of ids from `valid_ids` on mean nothing. It runs also where no position is wanted: of a teacher that is
+        divided among ranks all of them call it, as `hidden_states`. Call what it returns without gradients and without
+        autocast.
+        """
+        head, wanted = self.head, wanted.to(self.device)
         if head is None:
             logits = self.all_logits(ids, mask.long())[:, :-1][wanted]
             return lambda part: logits[part].clone()

@@ -95,6 +95,12 @@ def load_tokenizer(
         raise ConfigError(f"no tokenizer can be loaded from {name}: {type(error).__name__}: {reason}") from error
 
 
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return an id to pad with: any does, padding is neither attended to nor a target."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in ids if number is not None)
+
+
 def tokenizer_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return how many ids a tokenizer can make: its largest id and one."""
     return max(tokenizer.get_vocab().values()) + 1

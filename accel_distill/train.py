@@ -1,8 +1,7 @@
 """The command that trains a student: `accelerate launch -m accel_distill.train --config run.yaml`.
 
-The one decision: what the cache knows (tokenizer, temperature, method, length) is taken from the cache and
-not from the run file; what the run file says about its targets all the same must agree. The teacher is not
-needed, so a cache can be taken to a machine that has never seen it.
+The one decision: where targets come from, a cache (cached_data.py) or a teacher in the process (online_data.py), is one
+object with the same five answers; nothing here asks which of the two it is again. It costs that both are imported.
 """
 
 import logging
@@ -14,37 +13,38 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Subset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from accel_distill.adapters import add_adapters, check_same_adapters, merge_adapters, require_peft
-from accel_distill.cache import TeacherCache
-from accel_distill.checkpoint_record import CheckpointRecord, DataRecord, check_resumable
-from accel_distill.collator import CachedLogitCollator
+from accel_distill.cached_data import CachedData
+from accel_distill.checkpoint_record import CheckpointRecord, check_resumable
 from accel_distill.command_line import parse_arguments
-from accel_distill.config import LossConfig, RunConfig, StudentConfig, load_config, resolved_yaml
-from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, exit_with
-from accel_distill.losses import Objective
-from accel_distill.manifest import differences, read_plan
+from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
+from accel_distill.errors import ConfigError, exit_with
+from accel_distill.online_data import OnlineData, one_pass
 from accel_distill.packs import PackedCache
-from accel_distill.padding import padding_report
-from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
+from accel_distill.processes import (
+    World,
+    check_backend,
+    join_deepspeed,
+    leave_processes,
+    start_processes,
+    whole_weights,
+)
 from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
 from accel_distill.run_record import run_record, write_run_record
 from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
-from accel_distill.tokens import load_tokenizer, tokenizer_identity
 from accel_distill.trainer import DistillationTrainer
-from accel_distill.training_arguments import default_report_to, is_grouped, is_packed, library_arguments, sharded_by
+from accel_distill.training_arguments import default_report_to, library_arguments, sharded_by
 from accel_distill.training_log import use_training_log
 
 log = logging.getLogger("accel_distill.train")  # under -m this module is __main__
 
-PARAMETER_NAMES = {"threshold": "threshold", "top_k": "top_k", "random": "draws"}
+Data = CachedData | OnlineData
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train the student that `config` describes from its cache; return the final metrics.
+    """Train the student that `config` describes from its cache or online teacher; return the final metrics.
 
     `training.output_dir` then holds the student and its tokenizer, `all_results.json` with the metrics,
     `trainer_state.json` with the log and `run.yaml`. Raises the RunErrors of errors.py. Every rank of the run
@@ -77,15 +77,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         require_peft()
     world = start_processes()
     world.set_up_logging()
-    cache = world.from_main(lambda: _open(config))
-    cache.processes = world.world_size
-    arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
-    record = _data_record(config, cache, arguments, world_size=world.world_size)
+    data: Data = OnlineData(config, world) if config.teacher.mode == "online" else CachedData(config, world)
+    arguments = training_arguments(one_pass(config), has_gpu=torch.cuda.is_available())
+    record = data.record(global_batch=samples_of_a_step(arguments, world_size=world.world_size))
     if checkpoint := arguments.resume_from_checkpoint:
         world.from_main(lambda: check_resumable(Path(checkpoint), record))
     if arguments.deepspeed_plugin is not None:
         join_deepspeed()
-    trainer = _make_trainer(config, cache, student, arguments)
+    trainer = _make_trainer(data, student, arguments, world)
     if checkpoint:
         world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
     trainer.add_callback(CheckpointRecord(**asdict(record)))
@@ -96,55 +95,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
         how = {"world_size": world.world_size, "distributed_type": distributed_type}
-        write_run_record(output_dir, run_record(trainer.model, cache, full_logits=trainer.full_logits, **how))
+        write_run_record(output_dir, run_record(trainer.model, data.cache, full_logits=trainer.full_logits, **how))
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
     if student.lora is not None and student.lora.merge:
-        world.from_main(lambda: _merge(student, cache, arguments))
+        world.from_main(lambda: _merge(student, data, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
         print(summary(metrics, output_dir=arguments.output_dir), flush=True)
     trainer.accelerator.end_training()
     return metrics
-
-
-def _open(config: RunConfig) -> TeacherCache:
-    """Open the cache and see that it is this run's, on rank 0: so that what is wrong is said once."""
-    cache = TeacherCache(config.cache.path, allow_partial=config.cache.allow_partial)
-    if not cache.complete:
-        plan = read_plan(cache.path)
-        planned = f"{plan['max_samples']:,}" if plan and plan["max_samples"] else "all"
-        log.warning(
-            "cache %s is not complete: training uses the %s of %s samples that are there now",
-            cache.path,
-            f"{cache.samples:,}",
-            planned,
-        )
-    check_settings(config, cache)
-    tokenizer = load_tokenizer(cache.tokenizer_path)
-    if changed := differences(cache.identity["tokenizer"], tokenizer_identity(tokenizer)):
-        raise DamagedCache(
-            f"{cache.tokenizer_path}: it is not the tokenizer that the cache was made with ({changed[0]}); copy it "
-            "from the teacher again"
-        )
-    if is_packed(config.training) or is_grouped(config.training):
-        _ = cache.lengths  # read once, and handed to the other ranks with the cache
-    return cache
-
-
-def _data_record(
-    config: RunConfig, cache: TeacherCache, arguments: TrainingArguments, *, world_size: int
-) -> DataRecord:
-    """Return what the run's checkpoints say of its data."""
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
-    return DataRecord(
-        cache.cache_id,
-        cache.samples,
-        cache.content_sha256,
-        config.dataset.eval_samples,
-        batch,
-        packing=is_packed(config.training),
-        sampling=str(arguments.train_sampling_strategy),
-    )
 
 
 def _refuse_unlaunched(training: dict[str, Any]) -> None:
@@ -156,44 +115,6 @@ def _refuse_unlaunched(training: dict[str, Any]) -> None:
             "accel_distill.train ..., or launch/train.sh N with an ACCELERATE_CONFIG of configs/accelerate/ instead of "
             "the key"
         )
-
-
-def check_settings(config: RunConfig, cache: TeacherCache) -> None:
-    """Raise CacheMismatch where the run file says anything of targets or text that is not so in the cache."""
-    identity = cache.identity
-    made: dict[str, dict[str, Any]] = {
-        "targets": {
-            "method": cache.method,
-            PARAMETER_NAMES[cache.method]: cache.parameter,
-            "temperature": cache.temperature,
-            "seed": identity["targets"]["seed"],
-        },
-        "dataset": {
-            **{name: identity["dataset"][name] for name in ("name", "config_name", "split", "text_column")},
-            **identity["sequence"],
-        },
-    }
-    for section, values in made.items():
-        said = getattr(config, section)
-        for name, value in values.items():
-            found = getattr(said, name)
-            same = found == value or (name == "name" and Path(found).name == value)  # a directory's path may change
-            if name in said.model_fields_set and not same:
-                raise CacheMismatch(
-                    f"{section}.{name} is {found}, but the cache {cache.path} was made with {value}; leave it out "
-                    "(training takes it from the cache), or generate a cache with it under another cache.path"
-                )
-    wanted = config.dataset.max_samples
-    if wanted is not None and wanted < cache.samples:
-        log.warning("dataset.max_samples is %s, but training uses the whole cache: %s samples", wanted, cache.samples)
-
-
-def objective(loss: LossConfig, cache: TeacherCache) -> Objective:
-    """Return section `loss` for the targets of the cache; raise ConfigError where these do not allow it."""
-    try:
-        return Objective(kind=cache.method, temperature=cache.temperature, **loss.model_dump())
-    except ValueError as error:
-        raise ConfigError(f"section loss: {error}") from error
 
 
 def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArguments:
@@ -230,6 +151,11 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
     return arguments
 
 
+def samples_of_a_step(arguments: TrainingArguments, *, world_size: int) -> int:
+    """Return the global batch: samples per device, times accumulation, times processes."""
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size
+
+
 def _checkpoint(values: dict[str, Any]) -> str | None:
     """Return the checkpoint to go on from; `true` means the last one of output_dir."""
     wanted, output_dir = values.get("resume_from_checkpoint"), str(values.get("output_dir", "trainer_output"))
@@ -243,27 +169,6 @@ def _checkpoint(values: dict[str, Any]) -> str | None:
     if not wanted and last:
         log.warning("%s is there, but training starts anew; to go on: training.resume_from_checkpoint=true", last)
     return wanted or None
-
-
-def split_items(cache: TeacherCache, *, eval_samples: int) -> tuple[list[int], list[int]]:
-    """Return the items to train on and the held-out ones, whose sample index is below `eval_samples`.
-
-    An item without any target teaches nothing and is left out of training, which is said once.
-    """
-    is_held_out = cache.sample_indices < eval_samples
-    training = np.flatnonzero(~is_held_out & cache.has_target).tolist()
-    held_out = np.flatnonzero(is_held_out).tolist()
-    if not training:
-        raise ConfigError(
-            f"cache {cache.path}: of its {len(cache):,} samples none is left to train on, with "
-            f"dataset.eval_samples={eval_samples}; lower it, or generate more"
-        )
-    without = int((~is_held_out & ~cache.has_target).sum())
-    log.info(
-        "%s samples to train on (%s without a target left out), %s held out",
-        *(f"{number:,}" for number in (len(training), without, len(held_out))),
-    )
-    return training, held_out
 
 
 def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
@@ -283,44 +188,39 @@ def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
 
 
 def _make_trainer(
-    config: RunConfig, cache: TeacherCache, student: StudentConfig, arguments: TrainingArguments
+    data: Data, student: StudentConfig, arguments: TrainingArguments, world: World
 ) -> DistillationTrainer:
-    tokenizer = load_tokenizer(cache.tokenizer_path)
     # from scratch: the same weights whatever the backend; pretrained: divided while they are read
     with whole_weights(arguments) if student.model is None else nullcontext():
-        model: Any = load_student(student, tokenizer, **_sizes(cache, arguments))
+        model: Any = load_student(student, data.tokenizer, **_sizes(data, arguments))
     if student.lora is not None and student.model is not None:
         model = add_adapters(model, student.lora, name=student.model, revision=student.revision, seed=arguments.seed)
-    training, held_out = split_items(cache, eval_samples=config.dataset.eval_samples)
+    training, held_out = data.datasets(arguments)
     _check_evaluation(arguments, held_out)
+    targets_of = data.targets(world, arguments)
     _make_directory(arguments.output_dir)
-    samples: Any = cache  # map-style, as torch's Dataset, which it does not inherit from
-    is_plain = not is_packed(config.training)
-    rows: Any = Subset(samples, training) if is_plain else PackedCache(cache, training, most=cache.max_length)
-    if report := padding_report(rows, Subset(samples, training), arguments):
-        log.info("%s", report)
     return DistillationTrainer(
         model,
         arguments,
-        objective=objective(config.loss, cache),
-        data_collator=CachedLogitCollator(pad_token_id=_pad_token_id(tokenizer)),
-        train_dataset=rows,
-        eval_dataset=Subset(samples, held_out) if held_out else None,
-        processing_class=tokenizer,
+        objective=data.objective,
+        targets_of=targets_of,
+        data_collator=data.collator,
+        train_dataset=training,
+        eval_dataset=held_out,
+        processing_class=data.tokenizer,
     )
 
 
-def _sizes(cache: TeacherCache, arguments: TrainingArguments) -> dict[str, Any]:
+def _sizes(data: Data, arguments: TrainingArguments) -> dict[str, Any]:
     """Return what `load_student` wants to know beside the student's section and the tokenizer."""
-    return {"vocab_size": cache.vocab_size, "max_length": cache.max_length, "seed": arguments.seed}
+    return {"vocab_size": data.vocab_size, "max_length": data.max_length, "seed": arguments.seed}
 
 
-def _merge(student: StudentConfig, cache: TeacherCache, arguments: TrainingArguments) -> None:
+def _merge(student: StudentConfig, data: Data, arguments: TrainingArguments) -> None:
     """Save the whole student with its adapters merged in, in their stead."""
-    tokenizer = load_tokenizer(cache.tokenizer_path)
     with whole_weights(arguments):
         merge_adapters(
-            Path(arguments.output_dir), load=lambda: load_student(student, tokenizer, **_sizes(cache, arguments))
+            Path(arguments.output_dir), load=lambda: load_student(student, data.tokenizer, **_sizes(data, arguments))
         )
 
 
@@ -330,7 +230,7 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
-    metrics = {**result.metrics, "train_samples": rows, "eval_samples": len(held_out)}
+    metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
     if isinstance(trainer.train_dataset, PackedCache):
         metrics["train_samples"] = samples = trainer.train_dataset.samples
         metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
@@ -341,18 +241,12 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     return metrics
 
 
-def _check_evaluation(arguments: TrainingArguments, held_out: list[int]) -> None:
+def _check_evaluation(arguments: TrainingArguments, held_out: Any) -> None:
     if not held_out and arguments.eval_strategy != "no":
         raise ConfigError(
             f"training.eval_strategy is {arguments.eval_strategy.value}, but no sample is held out; set it to "
             "'no', or dataset.eval_samples above 0"
         )
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with: any does, padding is neither attended to nor a target."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(number for number in ids if number is not None)
 
 
 def _make_directory(path: str) -> None:

@@ -1,4 +1,4 @@
-"""`DistillationTrainer`: transformers' Trainer with a loss from cached sparse targets.
+"""`DistillationTrainer`: transformers' Trainer with a loss from a teacher's targets, cached or made now.
 
 The one decision: every figure is a sum over positions divided by a count of positions, and both are summed
 over micro-batches and processes before the division, in training, in the logs and in evaluation. So neither
@@ -21,21 +21,20 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from accel_distill.batch_targets import Batch, TargetsOf, Taught, cached_targets, labels_of
 from accel_distill.errors import ConfigError, RunError
 from accel_distill.fused_head import FullLogits, Ran
-from accel_distill.head_jobs import SparseJob, sparse_chunks
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
 from accel_distill.packing_probe import packing_fault
 from accel_distill.recent_losses import RecentLosses
 from accel_distill.shuffle import training_sampler
+from accel_distill.text_rows import StreamRows
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Tensor]  # what CachedLogitCollator returns
 
 BINS = 15  # of equal width, for the expected calibration error
 SUMS = 6 + 3 * BINS  # positions, kd, ce, kl, agreed, teacher_logprob; then by bin positions, confidence, correct
@@ -53,14 +52,15 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments,
         *,
         objective: Objective | None = None,
+        targets_of: TargetsOf = cached_targets,
         **trainer_arguments: Any,
     ) -> None:
-        """Take the objective for the targets that the collator gives; the rest goes to `Trainer` as it is."""
+        """Take the objective for the targets of `targets_of`; the rest goes to `Trainer` as it is."""
         # One process with several GPUs: nn.DataParallel would cut the flat targets into equal pieces.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, compute_metrics=self._metrics, **trainer_arguments)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a whole step
-        self.objective = objective or Objective()
+        self.objective, self._targets_of = objective or Objective(), targets_of
         self.full_logits: str | None = None  # why the head is not fused with the loss, where it is not
         self.calibration: dict[str, list[float]] = {}  # of the last evaluation, by bins of confidence
         self._head = self._make_head()
@@ -71,6 +71,7 @@ class DistillationTrainer(Trainer):
         self._clock: float | None = None  # when counting began, less the time of evaluations
         self._waited = 0.0  # seconds for batches, since then
         self._recent = RecentLosses()
+        self._stream_end: int | None = None  # items of a stream that ended before it was to
 
     def compute_loss(
         self,
@@ -92,10 +93,10 @@ class DistillationTrainer(Trainer):
         factor = 1 / counted.clamp(min=1)  # a step without any target: 0 / 1, not 0 / 0
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             factor = factor * self.accelerator.num_processes  # the gradients of the processes are averaged
-        ran = self._run(model, inputs, factor=factor)
-        entropy = self._teacher_entropy(inputs).sum()
+        ran, taught = self._run(model, inputs, factor=factor)
+        entropy = taught.entropy.sum()
         kd, ce, kl = (loss.sum() for loss in ran.losses)
-        teacher_ce = -inputs["teacher_logprob"].sum()
+        teacher_ce = -taught.logprob.sum()
         self._since_log += torch.stack([kd - entropy, ce, kl - entropy, teacher_ce, ce.new_tensor(positions)])
         loss = ran.loss - self.objective.kd_weight * entropy * factor
         self._recent.note(self.state.global_step, inputs["sample_index"], loss)
@@ -122,6 +123,33 @@ class DistillationTrainer(Trainer):
             )
         return loss
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the batches of a step; none, on every process alike, where the stream ended before its first one."""
+        batches, positions = super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)
+        ends = [int(batch["stream_end"].min()) for batch in batches if "stream_end" in batch]
+        if not ends or min(ends) > self.state.global_step * self._step_samples:
+            return batches, positions
+        # Every process is beyond the end in this step, and so knows it.
+        self._stream_end, self.control.should_training_stop = min(ends), True
+        if self.args.process_index == 0:
+            log.warning("the stream ended after %s of %s samples to train on", f"{min(ends):,}", f"{self._planned:,}")
+        return [], None
+
+    @property
+    def _step_samples(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def _planned(self) -> int:
+        """How many samples there are to train on, as far as is known before."""
+        dataset = self.train_dataset
+        return dataset.samples if isinstance(dataset, StreamRows) else len(dataset)
+
+    @property
+    def train_samples(self) -> int:
+        """How many samples there are to train on; of a stream that ended, how many there were."""
+        return self._planned if self._stream_end is None else self._stream_end
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
         self._check_losses()
@@ -143,8 +171,10 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Read a cache through windows of its shards; the epoch is the Trainer's own, also after a resumption."""
+        """Read a cache through windows of its shards, a stream in its order; the epoch is always the Trainer's own."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StreamRows):
+            return SequentialSampler(dataset)
         sampler = training_sampler(dataset, self.args, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
@@ -155,10 +185,6 @@ class DistillationTrainer(Trainer):
             return super()._get_eval_sampler(eval_dataset)
         finally:
             self.args.train_sampling_strategy = strategy
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """Return the batches of a step, as the Trainer does; count how long they were waited for."""
-        return super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)
 
     def _waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         started = time.perf_counter()
@@ -224,20 +250,13 @@ class DistillationTrainer(Trainer):
         self.full_logits = reason
         return FullLogits()
 
-    def _run(self, model: nn.Module, inputs: Batch, *, factor: Tensor | float = 1.0, with_peak: bool = False) -> Ran:
-        """Run the model on a batch and take the losses of its positions."""
-        positions = inputs["target_positions"]
-        labels = inputs["labels"].flatten()[positions + 1]
-        entries = inputs["target_offsets"], inputs["target_ids"], inputs["target_weights"]
-        job = SparseJob(
-            self.objective,
-            positions,
-            sparse_chunks(labels, entries),
-            factor,
-            with_peak,
-        )
+    def _run(
+        self, model: nn.Module, inputs: Batch, *, factor: Tensor | float = 1.0, with_peak: bool = False
+    ) -> tuple[Ran, Taught]:
+        """Run the model on a batch and take the losses of its positions; return them with the teacher's side."""
+        taught = self._targets_of(inputs, self.objective, factor=factor, with_peak=with_peak)
         # without labels: the model shall not compute a loss of its own
-        return self._head.run(model, job, **self._model_inputs(inputs), use_cache=False)
+        return self._head.run(model, taught.job, **self._model_inputs(inputs), use_cache=False), taught
 
     def _model_inputs(self, inputs: Batch) -> Batch:
         """Return what the model reads of a batch; flash attention takes packed rows for such only if there is one."""
@@ -287,25 +306,18 @@ class DistillationTrainer(Trainer):
 
     def _sample_sums(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return what evaluation counts, summed over the positions of each sample: (B, SUMS) float32."""
-        _, losses, peak = self._run(model, inputs, with_peak=True)
+        (_, losses, peak), taught = self._run(model, inputs, with_peak=True)
         assert peak is not None
-        positions, (offsets, ids) = inputs["target_positions"], (inputs["target_offsets"], inputs["target_ids"])
-        samples, labels = positions // inputs["input_ids"].shape[1], inputs["labels"].flatten()[positions + 1]
-        one, agreed = torch.ones_like(losses.ce), peak.top_id == ids[offsets[:-1]]  # the teacher's top id comes first
+        samples, labels = inputs["target_positions"] // inputs["input_ids"].shape[1], labels_of(inputs)
+        one, agreed = torch.ones_like(losses.ce), peak.top_id == taught.top_ids
         in_bin = F.one_hot((peak.confidence * BINS).long().clamp(max=BINS - 1), BINS)
         by_bin = torch.stack([one, peak.confidence, peak.top_id == labels], dim=1)[:, :, None] * in_bin[:, None]
         counted = torch.stack([one, *losses, agreed, 0 * one], dim=1)
         rows = losses.ce.new_zeros(len(inputs["input_ids"]), SUMS)
         rows.index_add_(0, samples, torch.cat([counted, by_bin.flatten(1)], dim=1))
-        rows[:, [1, 3]] -= self._teacher_entropy(inputs)[:, None]
-        rows[:, 5] = inputs["teacher_logprob"]
+        rows[:, [1, 3]] -= taught.entropy[:, None]
+        rows[:, 5].index_add_(0, taught.logprob_rows, taught.logprob)
         return rows
-
-    def _teacher_entropy(self, inputs: Batch) -> Tensor:
-        """Return what to subtract from each sample's summed KD to make it a KL, (B,), with the factor T^2."""
-        entropy = inputs["teacher_entropy"]
-        objective = self.objective
-        return torch.zeros_like(entropy) if objective.kind == "top_k" else objective.temperature**2 * entropy
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return the evaluation metrics from the gathered rows of `_sample_sums`, without their prefix."""

@@ -135,7 +135,7 @@ def test_targets_that_are_shifted_by_one_position_show_at_once(
     by: int, words: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "_forward", shifted(Teacher._forward, by=by))
+        patch.setattr(Teacher, "read", shifted(Teacher.read, by=by))
         generate(run_config(place / "teacher", place / "data.jsonl", tmp_path / "cache"))
     sentence = found(tmp_path / "cache")["finding"]
     assert f"its targets are shifted by one position: the teacher's top id is that of the {words}" in sentence
@@ -295,7 +295,7 @@ def test_code_beside_the_tokenizer_of_a_cache_does_not_run(
         (["--samples", "0"], 2, "--samples 0: expected at least 1"),
         (["--samples", "many"], 2, "invalid int value"),
         (["teacher.model=/nowhere/model"], 2, "/nowhere/model is not a directory here"),
-        (["teacher.modle=x"], 2, "did you mean 'model'"),
+        (["teacher.modell=x"], 2, "did you mean 'model'"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(

@@ -99,7 +99,7 @@ def test_a_stream_without_a_cap_is_refused_with_the_reason_and_the_override(run_
         ("dataset.threshold=0.1", "unknown key; did you mean targets.threshold?"),
         ("trainng.seed=1", "unknown key; did you mean 'training'?"),
         ("teacher.qqq=1", "unknown key; expected one of attn_implementation, dtype,"),
-        ("targets.method=topk", "found 'topk' (text), expected 'threshold', 'top_k' or 'random'"),
+        ("targets.method=topk", "found 'topk' (text), expected 'threshold', 'random', 'top_k' or 'dense'"),
         ("training.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
         ("student.lora.lora_alfa=8", "unknown key; did you mean 'lora_alpha'?"),
         ("student.lora.rang=8", "unknown key; expected one of alpha_pattern, bias, exclude_modules,"),
@@ -177,7 +177,7 @@ def test_a_wrong_override_is_named_with_what_was_found_and_what_is_expected(
     [
         ("teacher: 3", "teacher: found 3 (whole number), expected a mapping"),
         ("teacher: {}", "teacher.model: is missing"),
-        ("teacher: {modle: x}", "teacher.modle: unknown key; did you mean 'model'?"),
+        ("teacher: {modell: x}", "teacher.modell: unknown key; did you mean 'model'?"),
         ("max_samples: 3", "max_samples: unknown key; did you mean dataset.max_samples?"),
         (MINIMAL + "los:", "los: unknown key; did you mean 'loss'?"),
         (MINIMAL + "training: 3", "training: found 3 (whole number), expected a mapping"),

@@ -29,7 +29,7 @@ KINDS = {
 
 def test_every_file_is_tried() -> None:
     names = [path.stem for path in RUN_FILES]
-    assert names == ["c4-en", "fineweb-qwen3", "fineweb-smollm2", "local-jsonl", "slimpajama"]
+    assert names == ["c4-en", "fineweb-online", "fineweb-qwen3", "fineweb-smollm2", "local-jsonl", "slimpajama"]
     assert {path.stem for path in PRESETS} == {"quick", "development", "small", "medium", "large"}
     assert {path.stem for path in ACCELERATE_FILES} == set(KINDS)
     assert [path.stem for path in DEEPSPEED_FILES] == ["zero1", "zero2", "zero3", "zero3_offload"]
@@ -42,7 +42,8 @@ def test_a_run_file_loads_and_can_be_trained_from(path: Path) -> None:
     config = load_config(path)
     assert config.student is not None
     assert config.training["output_dir"].startswith("runs/")
-    assert config.cache.path.parts[0] == "caches"
+    assert (config.cache is None) == (config.teacher.mode == "online") == (path.stem == "fineweb-online")
+    assert config.cache is None or config.cache.path.parts[0] == "caches"
     assert load_config(path, ["dataset.max_samples=10000"]).dataset.max_samples == 10_000
 
 

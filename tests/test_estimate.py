@@ -194,13 +194,13 @@ def test_texts_that_are_all_empty_have_no_bytes_per_position(place: Path, tmp_pa
 def test_logits_that_are_not_finite_are_found_before_the_run(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Teacher._forward
+    forward = Teacher.read
 
     def spoiled(self: Teacher, *inputs: torch.Tensor) -> Callable[[slice], torch.Tensor]:
         logits_of = forward(self, *inputs)
         return lambda part: logits_of(part) * float("nan")
 
-    monkeypatch.setattr(Teacher, "_forward", spoiled)
+    monkeypatch.setattr(Teacher, "read", spoiled)
     with pytest.raises(NotFinite, match="in a shard of 8 samples of the estimate, numbered from 0: .* not finite"):
         estimate(config(), probe=8, processes=1)
 

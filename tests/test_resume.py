@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
 
 from accel_distill.cache import TeacherCache
+from accel_distill.cached_data import split_items
 from accel_distill.config import RunConfig, resolved_yaml
 from accel_distill.generate import generate
 from accel_distill.packs import PackedCache
-from accel_distill.train import split_items, train
+from accel_distill.train import train
 
 SIZES = {
     "model_type": "llama",

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill import __version__
 from accel_distill.cache import TeacherCache
+from accel_distill.cached_data import objective, split_items
 from accel_distill.checkpoint_record import DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import LossConfig, RunConfig, resolved_yaml
@@ -32,7 +33,7 @@ from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunEr
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
 from accel_distill.run_record import read_run_record
-from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
+from accel_distill.train import main, samples_of_a_step, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 from accel_distill.training_arguments import INTEGRATIONS
 
@@ -665,8 +666,7 @@ def test_the_global_batch_counts_devices_accumulation_and_processes(
 ) -> None:
     config = configured(run, tmp_path, training={"gradient_accumulation_steps": 3})
     arguments = training_arguments(config.training, has_gpu=torch.cuda.is_available())
-    record = _data_record(config, TeacherCache(run / "cache"), arguments, world_size=world_size)
-    assert record.global_batch == global_batch
+    assert samples_of_a_step(arguments, world_size=world_size) == global_batch
 
 
 def test_the_log_goes_to_tensorboard_below_the_output_directory_unless_the_run_file_says_otherwise(

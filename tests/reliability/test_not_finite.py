@@ -40,7 +40,7 @@ def whole(place: Path) -> Path:
 @pytest.fixture
 def broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, but the teacher's logits are NaN, or one of them infinite, after the word "king"."""
-    forward = Teacher._forward
+    forward = Teacher.read
 
     def spoiled(self: Teacher, ids: Tensor, mask: Tensor, wanted: Tensor) -> Callable[[slice], Tensor]:
         logits_of, bad = forward(self, ids, mask, wanted), ids[:, :-1][wanted] == word()
@@ -53,7 +53,7 @@ def broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         return spoil
 
-    monkeypatch.setattr(Teacher, "_forward", spoiled)
+    monkeypatch.setattr(Teacher, "read", spoiled)
     return place
 
 
