@@ -200,6 +200,11 @@ class TeacherCache:
         """(shards,) int64: how many positions with a target each shard holds."""
         return np.array([shard["positions"] for shard in self._shards], np.int64)
 
+    @property
+    def nonfinite(self) -> int:
+        """How many positions have no target because a logit of the teacher was not finite."""
+        return sum(shard["nonfinite"] for shard in self._shards)
+
     @cached_property
     def shard_bytes(self) -> np.ndarray:
         """(shards,) int64: the size of each shard's file."""

@@ -15,26 +15,29 @@ from accel_distill.errors import ConfigError, exit_with
 TEMPLATE = Path(__file__).with_name("run_file.yaml")
 LAUNCHED = ("generate", "train")
 
-HELP = f"""accel-distill {__version__}: distil a language model from a teacher's cached distributions.
+HELP = f"""accel-distill {__version__}: distil a language model from a cache of its teacher
 
-usage: accel-distill COMMAND [arguments]       (`accel-distill COMMAND --help` explains one)
+usage: accel-distill COMMAND [arguments]
+       (`accel-distill COMMAND --help` explains one)
 
-  init                                          print a commented run file to start from
-  check --config FILE [section.key=value ...]   say whether a run file is right; loads no model
-  estimate --config FILE [section.key=value ...] [--json] [--probe N] [--processes W] [--no-teacher]
-                                                say what the cache will take, measured on some samples
-  inspect CACHE [--json]                        say what is in a cache
-  verify CACHE [--json] [--deep] [--repair]     check every file of a cache; move damaged ones aside
-  audit CACHE [--samples N] [--json]            run the teacher again over some samples of a cache, and compare
-  sizes --bytes-per-position X --positions-per-second Y
-                                                print what caches take, from 10 k to 100 M samples
-  demo                                          the whole way on a small example, in minutes on a CPU
+  init                     print a commented run file to start from
+  check    --config FILE   say whether a run file is right; loads no model
+  estimate --config FILE   say what the cache will take, measured on samples
+  inspect  CACHE           say what is in a cache
+  verify   CACHE           check every file of a cache; --repair moves bad ones
+  audit    CACHE           run the teacher again over some samples, and compare
+  report   RUN             write a training run as one HTML file, with its curves
+  compare  RUN RUN ...     put training runs side by side, in a table and HTML
+  sizes                    print what caches take, of 10 k to 100 M samples
+  demo                     the whole way on a small example, in minutes on a CPU
   --version, --help
 
 The two commands that run on several processes are started with a launcher:
 
-  accelerate launch -m accel_distill.generate --config FILE [section.key=value ...]
-  accelerate launch -m accel_distill.train    --config FILE [section.key=value ...]
+  accelerate launch -m accel_distill.generate --config FILE
+  accelerate launch -m accel_distill.train    --config FILE
+
+--config FILE may be followed by section.key=value ..., which replace values.
 """
 
 
@@ -94,6 +97,20 @@ def audit(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """Write a training run as one HTML file."""
+    from accel_distill import report as command
+
+    return command.main(argv)
+
+
+def compare(argv: list[str]) -> int:
+    """Put training runs side by side."""
+    from accel_distill import compare as command
+
+    return command.main(argv)
+
+
 def sizes(argv: list[str]) -> int:
     """Print what caches of several sizes take."""
     from accel_distill import sizes as command
@@ -115,6 +132,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "verify": verify,
     "audit": audit,
+    "report": report,
+    "compare": compare,
     "sizes": sizes,
     "demo": demo,
 }

@@ -37,6 +37,7 @@ from accel_distill.projection import (
     verdict,
 )
 from accel_distill.run_plan import ALTERNATIVES, Plan, from_curves, open_plan, too_large
+from accel_distill.screen import terminal_width
 
 log = logging.getLogger("accel_distill.estimate")
 
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes=arguments.processes,
             positions_per_second=arguments.positions_per_second,
         )
-        print(json.dumps(found, indent=1) if arguments.json else as_text(found), flush=True)
+        print(
+            json.dumps(found, indent=1) if arguments.json else as_text(found, width=terminal_width(sys.stdout)),
+            flush=True,
+        )
         if found["advice"]:
             raise DoesNotFit(found["advice"])
         return 0

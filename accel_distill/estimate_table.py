@@ -3,13 +3,15 @@
 The one decision: every figure stands beside the interval that it has, and what was assumed stands below.
 """
 
+from itertools import chain
 from typing import Any
 
 from accel_distill.figures import duration, number_of, size
+from accel_distill.screen import labelled
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """Return what `estimate` found as a table for people."""
+def as_text(found: dict[str, Any], *, width: int | None = None) -> str:
+    """Return what `estimate` found as a table for people; on a terminal lines are broken before its `width`."""
     low, mid, high = (size(found["total_bytes"][end]) for end in ("low", "mid", "high"))
     length, processes = found["tokens_per_sample"], number_of(found["processes"], "process")
     rows = {
@@ -37,10 +39,11 @@ def as_text(found: dict[str, Any]) -> str:
         read = found["training_bytes_per_second"]["100000_positions_per_second"]
         rows["training"] = f"reads {size(read)}/s for a student that takes 100,000 positions/s"
     rows["verdict"] = _answer(found)
-    lines = [f"{name:10}{value}" for name, value in rows.items()]
+    lines = labelled(rows, at=10, width=width)
     lines += ["", f"the same with    {'bytes/position':>14}  {'disk':>9}  {'low to high':>20}"]
     lines += [_alternative(other) for other in found["alternatives"]]
-    return "\n".join([*lines, "", *(f"assumed: {sentence}" for sentence in found["assumptions"])])
+    assumed = [labelled({"assumed:": sentence}, at=9, width=width) for sentence in found["assumptions"]]
+    return "\n".join([*lines, "", *chain.from_iterable(assumed)])
 
 
 def _alternative(other: dict[str, Any]) -> str:

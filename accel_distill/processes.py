@@ -67,7 +67,7 @@ class World:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("accel_distill").setLevel(logging.INFO if self.is_main else logging.WARNING)
         transformers.utils.logging.disable_progress_bar()
-        if not self.is_main:
+        if not self.is_main or not sys.stderr.isatty():  # in a file they would be thousands of lines
             datasets.disable_progress_bars()
 
     def leave(self) -> None:

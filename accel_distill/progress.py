@@ -6,8 +6,6 @@ fast as this one.
 """
 
 import logging
-import os
-import shutil
 import sys
 import time
 from collections import deque
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from accel_distill.figures import count, rough_duration, size
+from accel_distill.screen import terminal_width
 
 LINE_EVERY = 30.0  # seconds
 DRAW_EVERY = 0.25  # seconds, on a terminal
@@ -114,7 +113,7 @@ class Progress:
             self._bar.total, self._bar.n = self._total, min(self._there.samples, self._total)
         else:
             self._bar.bar_format = f"{done} samples{left}"
-        self._details.bar_format = self._fitting(now, width=_width())
+        self._details.bar_format = self._fitting(now, width=(terminal_width(sys.stderr) or 80))
         self._bar.refresh()
         self._details.refresh()
 
@@ -137,7 +136,13 @@ class Progress:
         """Print how far the run came; on a terminal as two lines that fit it."""
         first = f"{self._samples()} in {rough_duration(now - self._begun)}"
         if self._is_terminal:
-            print(first, self._fitting(now, width=_width()), sep="\n", file=sys.stderr, flush=True)
+            print(
+                first,
+                self._fitting(now, width=(terminal_width(sys.stderr) or 80)),
+                sep="\n",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(first, *self._figures(now), sep="  ", file=sys.stderr, flush=True)
 
@@ -207,11 +212,3 @@ def logged_above_bars() -> Iterator[None]:
 
 def _line(position: int, *, hidden: bool) -> tqdm:
     return tqdm(position=position, disable=hidden, dynamic_ncols=True, bar_format=" ", leave=False)
-
-
-def _width() -> int:
-    """Return the columns of the terminal."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return shutil.get_terminal_size().columns

@@ -17,12 +17,13 @@ from transformers.training_args import TrainingArguments
 from accel_distill.figures import size
 
 HEADER_EVERY = 20  # lines
+LONG_WAIT = 0.05  # of the time: said where processes wait longer than that for their batches
 LOSSES = ("loss", "kd", "ce", "kl", "teacher_ce")
 HEADER = (
     f"{'step':>7}{'epoch':>7}{'loss':>8}{'kd':>8}{'ce':>8}{'kl':>8}{'teacher':>8}{'lr':>9}{'pos/s':>8}{'memory':>8}"
 )
 # Logged, and not for the screen.
-LEFT_OUT = {"epoch", "grad_norm", "total_flos", "num_input_tokens_seen", "data_wait_share"}
+LEFT_OUT = {"epoch", "grad_norm", "data_wait_share", "total_flos", "num_input_tokens_seen"}
 LEFT_OUT |= {f"eval_{name}" for name in ("positions", "runtime", "samples_per_second", "steps_per_second")}
 SHOWN = {*LOSSES, "learning_rate", "positions_per_second", "peak_memory_bytes"}
 SHOWN |= {f"eval_{name}" for name in (*LOSSES, "top1_agreement", "ece")}
@@ -94,6 +95,8 @@ def line(logs: Mapping[str, Any], *, step: int) -> str:
         text += _cell(logs, "positions_per_second", lambda x: f"{x:,.0f}", width=8)
         text += _cell(logs, "peak_memory_bytes", size, width=8)
     others = [f"{name} {_plain(value)}" for name, value in logs.items() if name not in SHOWN | LEFT_OUT]
+    if (waited := logs.get("data_wait_share", 0)) > LONG_WAIT:
+        others.append(f"waited {waited:.0%} for batches")
     return "  ".join([text, *others])
 
 

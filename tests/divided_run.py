@@ -23,7 +23,7 @@ from accel_distill.teacher import Teacher
 BACKENDS = ("fsdp", "zero3")
 # Samples and lanes of a case; shards have 4. Of 2 ranks one has none; one has two; both have four.
 CASES = {"one-shard": (3, 1), "three-shards": (11, 1), "eight-shards": (30, 2)}
-TEACHERS = {"one-shard": "tied", "three-shards": "plain", "eight-shards": "plain"}
+TEACHERS = {"one-shard": "tied", "three-shards": "plain", "eight-shards": "experts"}
 
 
 def case_config(directory: Path, case: str, parallelism: str) -> RunConfig:

@@ -18,7 +18,7 @@ from divided_run import BACKENDS, CASES, TEACHERS, case_config
 from reliability.test_launched import free_port
 from test_teacher import THRESHOLD, rows
 from tiny import VOCAB, make_teacher, make_tokenizer, run_config, shard_files, story, write_jsonl
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from accel_distill import lookout
 from accel_distill.config import TeacherConfig, load_config, resolved_yaml
@@ -55,14 +55,19 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with data and two teachers: one has its head tied to its embeddings."""
+    """A directory with data and three teachers: one with its head tied to its embeddings, one a mixture of experts."""
     place = tmp_path_factory.mktemp("divided")
     write_jsonl(place / "data.jsonl", [story(n) for n in range(60)])
     make_teacher(place / "plain")
     settings = json.loads((place / "plain" / "config.json").read_text())
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(**{**settings, "tie_word_embeddings": True})).save_pretrained(place / "tied")
-    make_tokenizer().save_pretrained(place / "tied")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = Qwen3MoeConfig(**{name: settings[name] for name in names}, **experts, num_key_value_heads=1)
+    Qwen3MoeForCausalLM(config).save_pretrained(place / "experts")
+    for name in ("tied", "experts"):
+        make_tokenizer().save_pretrained(place / name)
     return place
 
 

@@ -39,7 +39,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     made = Terminal()
     monkeypatch.setattr(sys, "stderr", made)
     monkeypatch.setattr(progress_module, "DRAW_EVERY", 0.0)
-    monkeypatch.setattr(progress_module, "_width", lambda: 80)
+    monkeypatch.setattr(progress_module, "terminal_width", lambda stream: 80)
     return made
 
 

@@ -1,14 +1,9 @@
-"""What the README says is so: its run file, its table, its commands, its files."""
+"""What the README says is so: its run file, its table, its files (its commands: test_docs.py)."""
 
-import functools
 import re
 from pathlib import Path
 
-import pytest
-
-from accel_distill.command_line import parse_flagged
 from accel_distill.config import load_config
-from accel_distill.estimate import parse_arguments as parse_estimate
 from accel_distill.sizes import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,16 +31,6 @@ def test_the_table_of_sizes_is_what_its_command_prints():
     command = re.search(r"accel-distill sizes --bytes-per-position (\S+) --positions-per-second (\d+)`", TEXT)
     assert command is not None
     assert table(float(command[1]), float(command[2])) in TEXT
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "--config" in line])
-def test_each_command_on_a_run_file_is_understood(line):
-    words = line.split("#")[0].split()
-    arguments = words[words.index("--config") :]
-    parse = parse_estimate if "estimate" in words else functools.partial(parse_flagged, prog="accel_distill", flags={})
-    path = parse(arguments).config
-    if path.name != "run.yaml":
-        load_config(ROOT / path)
 
 
 def test_every_file_that_the_readme_names_is_there():
