@@ -1,14 +1,18 @@
-"""Measure how fast a shuffled cache is read: decoded samples, and batches as training takes them.
+"""Measure how fast a shuffled cache is read, and for which part of its time a small student waits for batches.
 
 The one decision: the samples come in the order of training, from a cache of 200 shards that is made here of the targets
 of a file (see proxy.py), so that the figures are those of a large vocabulary. The files are warm in the page cache.
+Beside the speed stands that by processor time, which on a busy machine is what counts. `--cache` takes a cache that is
+there, and only lets a student of one layer and width 16 train on it.
 
     python bench/loader.py --proxy FILE.npz [--shards 200] [--repeat 2] [--json FILE]
+    python bench/loader.py --cache CACHE [--steps 100] [--json FILE]
 """
 
 import argparse
 import hashlib
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -17,24 +21,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 
 from accel_distill.cache import TeacherCache
 from accel_distill.codec import invert, rank_tokens
 from accel_distill.collator import CachedLogitCollator
+from accel_distill.losses import Objective
 from accel_distill.manifest import Record, create, make_directories, write_manifest, write_plan
 from accel_distill.rows import Rows, encode_rows
 from accel_distill.shard import FORMAT, shard_bytes
 from accel_distill.shuffle import window_sampler
+from accel_distill.train import training_arguments
+from accel_distill.trainer import DistillationTrainer
 from bench.proxy import Proxy, read_proxy
 
 BATCH = 8  # samples
+WORKERS = (0, 1, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write JSON where asked."""
     parser = argparse.ArgumentParser(description="Measure how fast a shuffled cache is read.")
-    parser.add_argument("--proxy", type=Path, required=True, help="the file of targets")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--proxy", type=Path, help="the file of targets")
+    source.add_argument("--cache", type=Path, help="a cache, for a student to train on")
+    parser.add_argument("--steps", type=int, default=100, help="of the student")
     parser.add_argument("--shards", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=2, help="how many times a shard holds the file's positions")
     parser.add_argument("--json", type=Path)
@@ -42,11 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "cache"
-        make_cache(path, read_proxy(arguments.proxy), shards=arguments.shards, repeat=arguments.repeat)
-        results = measure(path)
-    print(f"{arguments.shards} shards, {results[0]['positions']:,} positions, one thread a process")
+        if arguments.cache:
+            results = [train(arguments.cache, workers, steps=arguments.steps, output=path) for workers in WORKERS]
+        else:
+            make_cache(path, read_proxy(arguments.proxy), shards=arguments.shards, repeat=arguments.repeat)
+            results = measure(path)
     for result in results:
-        print(f"{result['case']:34}{result['positions_per_s']:14,.0f} positions/s")
+        text = f"{result['case']:40}{result['positions_per_s']:12,.0f} positions/s"
+        text += f"{result['positions_per_cpu_s']:12,.0f} per CPU second" if "positions_per_cpu_s" in result else ""
+        text += f"{result['wait']:8.1%} of the time waiting for batches" if "wait" in result else ""
+        print(text)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
@@ -58,11 +75,12 @@ def measure(path: Path) -> list[dict[str, Any]]:
     positions = int(TeacherCache(path).shard_positions.sum())
 
     def timed(case: str, read: Iterable[Any]) -> None:
-        begun = time.perf_counter()
+        begun = time.perf_counter(), cpu_seconds()
         for _ in read:
             pass
-        seconds = time.perf_counter() - begun
-        results.append({"case": case, "positions": positions, "positions_per_s": positions / seconds})
+        seconds, cpu = time.perf_counter() - begun[0], cpu_seconds() - begun[1]
+        speeds = {"positions_per_s": positions / seconds, "positions_per_cpu_s": positions / cpu}
+        results.append({"case": case, "positions": positions, **speeds})
 
     cache = TeacherCache(path)
     timed("samples in file order, hashed", (cache[item] for item in np.argsort(cache.shard_of_item, kind="stable")))
@@ -72,9 +90,13 @@ def measure(path: Path) -> list[dict[str, Any]]:
     timed("samples in training's order", (cache[item] for item in sampler))
     cache = TeacherCache(path)
     cache.processes = 2
-    timed("the same, one of several readers", (cache[item] for item in sampler))
+    timed("one of several readers, by sample", (cache[item] for item in sampler))
+    cache = TeacherCache(path)
+    cache.processes = 2
+    batches = BatchSampler(sampler, BATCH, drop_last=False)
+    timed(f"one of several readers, by {BATCH}", (cache.__getitems__(items) for items in batches))
     dataset: Any = TeacherCache(path)
-    for workers in (0, 1, 2):
+    for workers in WORKERS:
         timed(
             f"batches of {BATCH}, {workers} workers",
             DataLoader(
@@ -86,6 +108,39 @@ def measure(path: Path) -> list[dict[str, Any]]:
             ),
         )
     return results
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and of its workers that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def train(path: Path, workers: int, *, steps: int, output: Path) -> dict[str, Any]:
+    """Let a very small student train; return its speed and the share of the time that it waits for batches."""
+    cache: Any = TeacherCache(path)
+    config = LlamaConfig(
+        vocab_size=cache.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=cache.max_length,
+    )
+    values = {"max_steps": steps, "logging_steps": steps, "per_device_train_batch_size": BATCH}
+    loading = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    quiet = {"output_dir": str(output), "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    trainer = DistillationTrainer(
+        LlamaForCausalLM(config),
+        training_arguments(values | loading | quiet, has_gpu=torch.cuda.is_available()),
+        objective=Objective(kind=cache.method, temperature=cache.temperature),
+        data_collator=CachedLogitCollator(pad_token_id=0),
+        train_dataset=cache,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    log = next(line for line in trainer.state.log_history if "data_wait_share" in line)
+    case = f"a student of {sum(part.numel() for part in trainer.model.parameters()):,}, {workers} workers"
+    return {"case": case, "positions_per_s": log["positions_per_second"], "wait": log["data_wait_share"]}
 
 
 def make_cache(path: Path, proxy: Proxy, *, shards: int, repeat: int) -> None:

@@ -130,8 +130,8 @@ def test_the_loaders_cache_holds_the_file_in_every_shard_and_is_read_in_training
     proxy = read_proxy(small_proxy)
     loader.make_cache(tmp_path / "cache", proxy, shards=3, repeat=2)
     results = loader.measure(tmp_path / "cache")
-    assert {row["positions"] for row in results} == {3 * 2 * 700} and len(results) == 6
-    assert all(row["positions_per_s"] > 0 for row in results)
+    assert {row["positions"] for row in results} == {3 * 2 * 700} and len(results) == 7
+    assert all(row["positions_per_s"] > 0 and row["positions_per_cpu_s"] > 0 for row in results)
     cache = loader.TeacherCache(tmp_path / "cache")
     sampler = window_sampler(cache, seed=0, epoch=lambda: 0)
     assert sampler is not None and sorted(sampler) == list(range(18))
@@ -139,6 +139,14 @@ def test_the_loaders_cache_holds_the_file_in_every_shard_and_is_read_in_training
     assert sample.sample_index == 7
     assert sample.input_ids.tolist() == proxy.rows.input_ids[341:682].tolist()
     assert sample.targets.head_ids.tolist() == decoded_head_ids(proxy, first=340, last=680)
+
+
+def test_the_loaders_student_says_for_which_part_of_its_time_it_waits(small_proxy: Path, tmp_path: Path) -> None:
+    loader.make_cache(tmp_path / "cache", read_proxy(small_proxy), shards=3, repeat=2)
+    for workers in (0, 1):
+        found = loader.train(tmp_path / "cache", workers, steps=2, output=tmp_path / "run")
+        assert found["case"].endswith(f" {workers} workers")
+        assert 0 <= found["wait"] < 1 and found["positions_per_s"] > 0
 
 
 def decoded_head_ids(proxy: loader.Proxy, *, first: int, last: int) -> list[int]:
