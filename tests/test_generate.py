@@ -761,7 +761,7 @@ def test_a_sharded_teacher_is_refused_before_anything_starts(
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     monkeypatch.setattr(command, "start_processes", None)
-    with pytest.raises(RunError, match=f"ACCELERATE_USE_{name} asks for a sharded one"):
+    with pytest.raises(RunError, match=f"ACCELERATE_USE_{name} is set, but teacher.parallelism is replicate"):
         generate(config())
 
 
