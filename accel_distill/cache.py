@@ -6,6 +6,7 @@ byte is used, and a few are kept open. Nothing is opened when it is made, so it 
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from accel_distill.codec import Method, offsets
 from accel_distill.errors import CacheMismatch
 from accel_distill.manifest import Record, manifest_entry, read_manifest, read_record, settled_shards
-from accel_distill.rows import RowReader, Rows
+from accel_distill.rows import RowReader, Rows, StoredRows, decode_rows, join_stored
 from accel_distill.shard_checks import check_dealing, check_rows
 
 if TYPE_CHECKING:
@@ -77,6 +78,33 @@ class TeacherCache:
             raise IndexError(f"item {item} of a cache of {len(self)}")
         shard, row = self._places[item]
         return self._shard(int(shard)).sample(int(row))
+
+    def __getitems__(self, items: Sequence[int]) -> list[CachedSample]:
+        """Return the samples of a batch, as torch's DataLoader asks for them.
+
+        What one of several readers decodes alone, it decodes together: the array operations are few and large then.
+        """
+        places = self._places[np.asarray(items, np.int64)].tolist()
+        if self._is_alone() or not places:
+            return [self[item] for item in items]
+        stored, every_position = [], True
+        for number, row in places:
+            shard = self._shard(number)  # which may be closed again before the last is open
+            stored.append(shard.stored(row))
+            every_position = every_position and shard.every_position
+        record = self._record
+        try:
+            rows = decode_rows(
+                join_stored(stored),
+                method=record.method,
+                parameter=record.parameter,
+                ids_by_rank=record.ids_by_rank,
+            )
+            check_rows(record, rows, every_position=every_position, distinct=False)
+        except ValueError:  # one by one, they name the file
+            return [self[item] for item in items]
+        block = _Block(rows, method=record.method, parameter=record.parameter)
+        return [block.sample(row) for row in range(len(items))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -150,13 +178,17 @@ class TeacherCache:
         for number, shard in enumerate(self._shards):
             all_have = np.ones(shard["sequences"], bool)
             parts.append(self._shard(number).has_target if shard["untargeted"] else all_have)
-        return np.concatenate(parts)[self._order]
+        has_target = np.concatenate(parts)[self._order]
+        self._close()
+        return has_target
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(len,) int64: the tokens of each item; opens every shard once, which hashes it (about 1 GB/s)."""
         parts = [np.zeros(0, np.int64), *(self._shard(number).lengths for number in range(len(self._shards)))]
-        return np.concatenate(parts)[self._order]
+        lengths = np.concatenate(parts)[self._order]
+        self._close()
+        return lengths
 
     @property
     def shard_of_item(self) -> np.ndarray:
@@ -167,6 +199,11 @@ class TeacherCache:
     def shard_positions(self) -> np.ndarray:
         """(shards,) int64: how many positions with a target each shard holds."""
         return np.array([shard["positions"] for shard in self._shards], np.int64)
+
+    @property
+    def nonfinite(self) -> int:
+        """How many positions have no target because a logit of the teacher was not finite."""
+        return sum(shard["nonfinite"] for shard in self._shards)
 
     @cached_property
     def shard_bytes(self) -> np.ndarray:
@@ -207,11 +244,19 @@ class TeacherCache:
             return self._open[number]
         shard = self._shards[number]
         path = self._record.shard_path(shard["group"], shard["lane"], shard["samples"])
-        alone = self.processes * _workers() == 1
-        opened = self._open[number] = _Shard(path, self._record, expected=shard, by_blocks=alone)
+        opened = self._open[number] = _Shard(path, self._record, expected=shard, by_blocks=self._is_alone())
         while self._too_many_open():
             self._open.popitem(last=False)[1].close()
         return opened
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else reads other samples of the same order."""
+        return self.processes * _workers() == 1
+
+    def _close(self) -> None:
+        """Close what was opened for the columns of all rows: a worker shall not inherit files in the midst of use."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def _too_many_open(self) -> bool:
         count = len(self._open)
@@ -252,6 +297,7 @@ class _Shard:
         self.sample_indices = self._reader.sample_index
         self.has_target = self._reader.row_positions > 0
         self.lengths = self._reader.row_tokens
+        self.every_position = not header.nonfinite  # carries a target
         self._block_rows = max(1, BLOCK_TOKENS * header.sequences // max(1, header.tokens)) if by_blocks else None
         self._blocks: dict[int, _Block] = {}
 
@@ -268,8 +314,12 @@ class _Shard:
     def _read(self, first: int, last: int) -> "_Block":
         rows = self._reader.read(first, last)
         with self._reader.damaged_by(f"rows from {first}: "):
-            check_rows(self._record, rows, every_position=not self._reader.header.nonfinite, distinct=False)
+            check_rows(self._record, rows, every_position=self.every_position, distinct=False)
         return _Block(rows, method=self._record.method, parameter=self._record.parameter)
+
+    def stored(self, row: int) -> StoredRows:
+        """Return one row before it is decoded."""
+        return self._reader.stored(row, row + 1)
 
     def close(self) -> None:
         """Close the file."""

@@ -26,6 +26,8 @@ usage: accel-distill COMMAND [arguments]
   inspect  CACHE           say what is in a cache
   verify   CACHE           check every file of a cache; --repair moves bad ones
   audit    CACHE           run the teacher again over some samples, and compare
+  report   RUN             write a training run as one HTML file, with its curves
+  compare  RUN RUN ...     put training runs side by side, in a table and HTML
   sizes                    print what caches take, of 10 k to 100 M samples
   demo                     the whole way on a small example, in minutes on a CPU
   --version, --help
@@ -95,6 +97,20 @@ def audit(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """Write a training run as one HTML file."""
+    from accel_distill import report as command
+
+    return command.main(argv)
+
+
+def compare(argv: list[str]) -> int:
+    """Put training runs side by side."""
+    from accel_distill import compare as command
+
+    return command.main(argv)
+
+
 def sizes(argv: list[str]) -> int:
     """Print what caches of several sizes take."""
     from accel_distill import sizes as command
@@ -116,6 +132,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "verify": verify,
     "audit": audit,
+    "report": report,
+    "compare": compare,
     "sizes": sizes,
     "demo": demo,
 }

@@ -24,6 +24,7 @@ from accel_distill.demo_corpus import python_documents, write_documents
 from accel_distill.demo_teacher import train_teacher, train_tokenizer
 from accel_distill.errors import ConfigError, RunError, exit_with
 from accel_distill.inspect_cache import inspect_cache
+from accel_distill.report import report as write_report
 from accel_distill.run_file import to_yaml
 
 MAX_LENGTH = 128  # tokens of a sample
@@ -103,6 +104,9 @@ def demo(out: Path, sizes: Sizes) -> None:
     with step(6, "Baseline: the same student, data and steps, with cross-entropy alone"):
         run_command(baseline, environment)
     say(report(out))
+    page = out / "student" / "report.html"
+    write_report(out / "student", page, baseline=out / "baseline")
+    say(f"Curves, calibration and ten positions as text, in a browser: {page}")
     say(f"\n{time.monotonic() - begun:.0f} s in all. {suggestions(out, generate, distil, samples=sizes.samples)}")
 
 

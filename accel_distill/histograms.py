@@ -32,7 +32,7 @@ def measure_positions(record: Record, places: Sequence[tuple[int, int, int]]) ->
 
     A histogram is `edges` (bins + 1) and `counts` (bins).
     """
-    chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, MOST_SHARDS).astype(int))] if places else []
+    chosen = spread(places, most=MOST_SHARDS)
     parts: list[dict[str, np.ndarray]] = []
     for place in chosen:
         reader = RowReader(
@@ -50,6 +50,11 @@ def measure_positions(record: Record, places: Sequence[tuple[int, int, int]]) ->
     joined = {name: np.concatenate([part[name] for part in parts]) for name in TITLES} if parts else {}
     found = {name: _histogram(values, whole=name != "head_mass") for name, values in joined.items() if len(values)}
     return {"of_shards": len(chosen), **found} if len(found) == len(TITLES) else {}
+
+
+def spread(places: Sequence[tuple[int, int, int]], *, most: int) -> list[tuple[int, int, int]]:
+    """Return at most so many of the places, from the first to the last."""
+    return [places[number] for number in np.unique(np.linspace(0, len(places) - 1, most).astype(int)) if places]
 
 
 def as_lines(found: dict[str, Any], *, shards: int, ramp: str = RAMP) -> list[str]:

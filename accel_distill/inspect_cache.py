@@ -14,7 +14,7 @@ from typing import Any
 
 from accel_distill.command_line import OneSentenceParser
 from accel_distill.errors import DamagedCache, exit_with
-from accel_distill.histograms import PLAIN_RAMP, RAMP, as_lines, measure_positions
+from accel_distill.histograms import PLAIN_RAMP, RAMP, as_lines, measure_positions, spread
 from accel_distill.manifest import (
     Record,
     committed_shards,
@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_with(run)
 
 
-def inspect_cache(path: Path) -> dict[str, Any]:
-    """Return what a cache is and holds; complete or not. Raises ConfigError, DamagedCache or CacheMismatch."""
+def inspect_cache(path: Path, *, most_shards: int | None = None) -> dict[str, Any]:
+    """Return what a cache is and holds; complete or not. Raises ConfigError, DamagedCache or CacheMismatch.
+
+    With `most_shards`, ids and bytes by column are those of so many shards, spread over the cache: no other is read
+    beyond its header.
+    """
     record = read_record(path)
     manifest, plan = read_complete(record), read_plan(path)
     headers = committed_shards(record)
@@ -68,8 +72,10 @@ def inspect_cache(path: Path) -> dict[str, Any]:
     totals = {name: sum(getattr(header, name) for header in headers.values()) for name in COUNTS}
     size = sum(HEADER_BYTES + header.payload_bytes for header in headers.values())
     places = [(header.group, header.lane, header.samples) for header in headers.values()]
-    counts, stored = _measure_columns(record, places)
-    heads, tails, positions = counts["heads"], counts["tails"], totals["positions"]
+    measured, positions = spread(places, most=most_shards or len(places)), totals["positions"]
+    counts, stored = _measure_columns(record, measured)
+    share = sum(headers[place[:2]].positions for place in measured) / max(positions, 1) or 1.0
+    heads, tails = counts["heads"] / share, counts["tails"] / share
     return {
         "path": str(path),
         "complete": manifest is not None,
@@ -82,7 +88,7 @@ def inspect_cache(path: Path) -> dict[str, Any]:
         "ids_per_position": (heads + tails) / positions if positions else None,
         "head_ids_per_position": heads / positions if positions else None,
         "tail_ids_per_position": tails / positions if positions else None,
-        "bytes_by_column": stored,
+        "bytes_by_column": {name: round(size / share) for name, size in stored.items()},
         "distributions": measure_positions(record, places),
         "method": record.method,
         "parameter": record.parameter,
@@ -127,7 +133,12 @@ def as_text(found: dict[str, Any], *, ramp: str = RAMP, width: int | None = None
     for sentence in drift_sentences(found["drift"]):
         lines += labelled({"drift": sentence}, at=9, width=width)
     if found["positions"]:
-        lines += ["", _bytes_by_kind(found), *as_lines(found["distributions"], shards=found["shards"], ramp=ramp)]
+        kinds = ", ".join(f"{kind} {size:.2f}" for kind, size in bytes_by_kind(found).items())
+        lines += [
+            "",
+            f"bytes a position: {kinds}",
+            *as_lines(found["distributions"], shards=found["shards"], ramp=ramp),
+        ]
     return "\n".join(lines)
 
 
@@ -149,18 +160,17 @@ def _measure_columns(record: Record, places: Sequence[tuple[int, int, int]]) -> 
     return counts, stored
 
 
-def _bytes_by_kind(found: dict[str, Any]) -> str:
-    """Say what the bytes of a position are spent on."""
+def bytes_by_kind(found: dict[str, Any]) -> dict[str, float]:
+    """Return what the bytes of a position are spent on."""
     kinds = {
         "ids": ("head_ids", "tail_ids"),
         "weights": ("head_count", "values", "tail_count"),
         "input_ids": ("input",),
     }
-    sizes = dict.fromkeys(kinds, 0)
+    sizes = dict.fromkeys([*kinds, "all else"], 0.0)
     for name, size in found["bytes_by_column"].items():
         kind = next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), None)
         if kind:
-            sizes[kind] += size
-    each = [f"{kind} {size / found['positions']:.2f}" for kind, size in sizes.items()]
-    rest = (found["bytes"] - sum(sizes.values())) / found["positions"]
-    return f"bytes a position: {', '.join(each)}, all else {rest:.2f}"
+            sizes[kind] += size / found["positions"]
+    sizes["all else"] = found["bytes_per_position"] - sum(sizes.values())
+    return sizes

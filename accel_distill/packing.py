@@ -8,6 +8,7 @@ fewer bytes so than as shuffled 16-bit integers (docs/decisions.md). It costs a 
     value  16 ..      width = bits below the leading four; symbol = 8 width + (value >> width); `width` low bits
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +27,8 @@ class Bits(NamedTuple):
     """A range of a bit stream, least significant bit first."""
 
     data: np.ndarray  # (bytes,) uint8
-    start: int  # the first bit, counted from the first byte
-    length: int
+    start: int | np.ndarray  # the first bit, counted from the first byte; joined, for each value that of its part ...
+    length: int  # ... less the bits of the parts before
 
 
 def pack(values: np.ndarray, *, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,13 +52,22 @@ def unpack(symbols: np.ndarray, bits: Bits, *, name: str) -> np.ndarray:
     width = WIDTH[symbols]
     ends = np.cumsum(width, dtype=np.int64)
     count = int(ends[-1]) if len(ends) else 0
-    if count != bits.length or bits.start + count > 8 * len(bits.data):
-        raise ValueError(f"column {name}: its symbols need {count} bits, and it has {bits.length}")
     at = ends - width + bits.start
+    if count != bits.length or (len(at) and at[-1] + width[-1] > 8 * len(bits.data)):
+        raise ValueError(f"column {name}: its symbols need {count} bits, and it has {bits.length}")
     padded = np.concatenate([bits.data, np.zeros(4, np.uint8)])
     words = np.ndarray(len(bits.data) + 1, "<u4", padded, strides=(1,))  # the four bytes from each byte on
     low = (words[at >> 3] >> (at & 7).astype(np.uint32)) & _MASK[symbols]
     return (_BASE[symbols] + low).astype(np.int64)
+
+
+def join_bits(parts: Sequence[Bits], counts: Sequence[int]) -> Bits:
+    """Return the bit streams of several parts, of so many values each, as that of all of their values."""
+    data, lengths = [part.data for part in parts], [part.length for part in parts]
+    bytes_before = np.cumsum([0, *map(len, data)])[:-1]
+    bits_before = np.cumsum([0, *lengths])[:-1]
+    starts = [part.start for part in parts] + 8 * bytes_before - bits_before
+    return Bits(np.concatenate(data), np.repeat(starts, counts), sum(lengths))
 
 
 def _bit_stream(low: np.ndarray, width: np.ndarray) -> np.ndarray:

@@ -36,6 +36,12 @@ class PackedCache:
     def __getitem__(self, row: int) -> list[CachedSample]:
         return [self.cache[int(item)] for item in self.items(row)]
 
+    def __getitems__(self, rows: Sequence[int]) -> list[list[CachedSample]]:
+        """Return many rows, as torch's DataLoader asks for them."""
+        items = [self.items(row).tolist() for row in rows]
+        samples = iter(self.cache.__getitems__([item for row in items for item in row]))
+        return [[next(samples) for _ in row] for row in items]
+
     @property
     def samples(self) -> int:
         """How many samples all packs hold."""

@@ -5,9 +5,10 @@ it is each row's. So any range of rows is read and decoded alone, and many rows 
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from accel_distill.codec import (
     unpack_column,
 )
 from accel_distill.errors import DamagedCache
-from accel_distill.packing import Bits
+from accel_distill.packing import Bits, join_bits
 from accel_distill.shard import ShardFile, ShardHeader
 
 INPUT_IDS = "input_ids"
@@ -56,6 +57,41 @@ class Rows:
     targets: Arrays  # of the P positions, as codec.py describes them
     entropy: np.ndarray  # (n,) nats, summed over a row's targets
     logprob: np.ndarray  # (n,) likewise, of the true next tokens
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Some rows as their columns hold them, before they are decoded."""
+
+    columns: dict[str, Column]  # of targets and tokens; `Bits` for each bit stream
+    tokens: np.ndarray  # (n,) of each row
+    positions: np.ndarray  # (n,)
+    target_mask: np.ndarray  # (T,) bool
+    sample_index: np.ndarray  # (n,)
+    entropy: np.ndarray  # (n,)
+    logprob: np.ndarray  # (n,)
+
+
+def join_stored(parts: Sequence[StoredRows]) -> StoredRows:
+    """Return the rows of several parts, which may be of several shards of a cache, one behind the other."""
+    columns: dict[str, Column] = {}
+    for name, first in parts[0].columns.items():
+        values: list[Any] = [part.columns[name] for part in parts]
+        if isinstance(first, Bits):
+            columns[name] = join_bits(values, [len(part.columns[name.removesuffix("_bits")]) for part in parts])
+        else:
+            columns[name] = np.concatenate(values)
+    others = [field.name for field in fields(StoredRows) if field.name != "columns"]
+    return StoredRows(columns, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in others})
+
+
+def decode_rows(stored: StoredRows, *, method: Method, parameter: float, ids_by_rank: np.ndarray) -> Rows:
+    """Return stored rows, decoded and checked; raise ValueError, naming the column, where columns do not fit."""
+    tokens, positions, mask = offsets(stored.tokens), offsets(stored.positions), stored.target_mask
+    targets = decode(stored.columns, method=method, parameter=parameter, ids_by_rank=ids_by_rank)
+    _check_mask(mask, tokens, stored.positions)
+    ids = _tokens_of_codes(unpack_column(stored.columns, INPUT_IDS), mask, targets, ids_by_rank)
+    return Rows(stored.sample_index, tokens, positions, ids, mask, targets, stored.entropy, stored.logprob)
 
 
 def row_columns(method: Method, parameter: float) -> dict[str, np.dtype]:
@@ -181,19 +217,29 @@ class RowReader:
 
     def read(self, first: int, last: int) -> Rows:
         """Return the rows `first` to `last` (exclusive), decoded and checked."""
+        with self.damaged_by(f"rows {first} to {last - 1}: "):
+            return decode_rows(
+                self.stored(first, last),
+                method=self._method,
+                parameter=self._parameter,
+                ids_by_rank=self._ids_by_rank,
+            )
+
+    def stored(self, first: int, last: int) -> StoredRows:
+        """Return the rows `first` to `last` (exclusive) as their columns hold them."""
         columns: dict[str, Column] = {name: self._elements(name, first, last) for name in self._columns}
         columns |= {f"{name}_bits": self._bits(name, first, last) for name in self._packed}
         tokens, positions = (self._starts[name][first : last + 1] for name in ("tokens", "positions"))
-        mask = self._mask(int(tokens[0]), int(tokens[-1]))
-        try:
-            targets = decode(columns, method=self._method, parameter=self._parameter, ids_by_rank=self._ids_by_rank)
-            _check_mask(mask, tokens - tokens[0], np.diff(positions))
-            ids = _tokens_of_codes(unpack_column(columns, INPUT_IDS), mask, targets, self._ids_by_rank)
-        except ValueError as error:
-            raise self.damaged(f"rows {first} to {last - 1}: {error}") from error
         rows = slice(first, last)
-        stats = (self._entropy[rows], self._logprob[rows])
-        return Rows(self.sample_index[rows], tokens - tokens[0], positions - positions[0], ids, mask, targets, *stats)
+        return StoredRows(
+            columns,
+            np.diff(tokens),
+            np.diff(positions),
+            self._mask(int(tokens[0]), int(tokens[-1])),
+            self.sample_index[rows],
+            self._entropy[rows],
+            self._logprob[rows],
+        )
 
     @contextlib.contextmanager
     def damaged_by(self, where: str = "") -> Iterator[None]:

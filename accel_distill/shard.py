@@ -124,6 +124,8 @@ class ShardFile:
         try:
             with _hdf5(path, "its columns cannot be read"):
                 self._columns = {name: self._checked_column(name, dtype) for name, dtype in dtypes.items()}
+                # asking h5py takes 20 microseconds, and a row is read from ten columns
+                self._sizes = {name: (column.shape[0], column.chunks[0]) for name, column in self._columns.items()}
                 extra = sorted(set(self._file) - set(dtypes))
             if extra:
                 raise _damaged(path, f"it has columns that do not belong to it: {extra[:10]}")
@@ -140,7 +142,7 @@ class ShardFile:
 
     def length(self, name: str) -> int:
         """Return the number of elements of a column."""
-        return self._columns[name].shape[0]
+        return self._sizes[name][0]
 
     def stored_bytes(self, name: str) -> int:
         """Return how many bytes a column's chunks take in the file, compressed."""
@@ -148,13 +150,12 @@ class ShardFile:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return elements `start` to `stop` of a column, inflating only the chunks that hold them."""
-        column = self._columns[name]
-        stop = column.shape[0] if stop is None else stop
-        if not 0 <= start <= stop <= column.shape[0]:
-            raise _damaged(self.path, f"column {name} has {column.shape[0]} elements, and {start}:{stop} is asked for")
+        length, chunk = self._sizes[name]
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise _damaged(self.path, f"column {name} has {length} elements, and {start}:{stop} is asked for")
         if start == stop:
-            return np.zeros(0, column.dtype)
-        chunk = column.chunks[0]
+            return np.zeros(0, self._columns[name].dtype)
         first = start // chunk * chunk
         parts = [self._chunk(name, at) for at in range(first, stop, chunk)]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts))[start - first : stop - first]

@@ -34,6 +34,7 @@ from accel_distill.padding import padding_report
 from accel_distill.processes import check_backend, join_deepspeed, leave_processes, start_processes, whole_weights
 from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
+from accel_distill.run_record import run_record, write_run_record
 from accel_distill.stopping import stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.tokens import load_tokenizer, tokenizer_identity
@@ -94,6 +95,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     if world.is_main:
         output_dir = Path(arguments.output_dir)
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
+        how = {"world_size": world.world_size, "distributed_type": distributed_type}
+        write_run_record(output_dir, run_record(trainer.model, cache, full_logits=trainer.full_logits, **how))
     metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
     if student.lora is not None and student.lora.merge:
         world.from_main(lambda: _merge(student, cache, arguments))
@@ -333,6 +336,7 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
         metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
     if held_out:
         metrics |= trainer.evaluate()
+        metrics["eval_calibration"] = trainer.calibration
     trainer.save_state()
     return metrics
 

@@ -61,6 +61,8 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, compute_metrics=self._metrics, **trainer_arguments)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of a whole step
         self.objective = objective or Objective()
+        self.full_logits: str | None = None  # why the head is not fused with the loss, where it is not
+        self.calibration: dict[str, list[float]] = {}  # of the last evaluation, by bins of confidence
         self._head = self._make_head()
         # sums of kd, ce, kl, the teacher's ce; positions
         self._since_log = torch.zeros(5, dtype=torch.float64, device=args.device)
@@ -132,6 +134,7 @@ class DistillationTrainer(Trainer):
                 for name, total in zip(("kd", "ce", "kl", "teacher_ce"), sums, strict=True)
             }
             now = time.perf_counter()
+            logs["positions"] = int(positions)  # since the last time
             seconds = max(now - (self._clock or now), 1e-9)
             logs["positions_per_second"] = positions / seconds
             logs["data_wait_share"] = waited / self.args.world_size / seconds
@@ -218,6 +221,7 @@ class DistillationTrainer(Trainer):
         if self.args.process_index == 0:
             name = type(self.model).__name__
             log.warning("%s: the logits of all positions of a batch will exist at once, because %s", name, reason)
+        self.full_logits = reason
         return FullLogits()
 
     def _run(self, model: nn.Module, inputs: Batch, *, factor: Tensor | float = 1.0, with_peak: bool = False) -> Ran:
@@ -307,7 +311,12 @@ class DistillationTrainer(Trainer):
         """Return the evaluation metrics from the gathered rows of `_sample_sums`, without their prefix."""
         sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
         positions, kd, ce, kl, agreed, teacher_logprob = sums[:6]
-        _, confidence, correct = sums[6:].reshape(3, BINS)
+        in_bin, confidence, correct = sums[6:].reshape(3, BINS)
+        self.calibration = {
+            "positions": in_bin.astype(int).tolist(),
+            "confidence": (confidence / np.maximum(in_bin, 1)).tolist(),
+            "accuracy": (correct / np.maximum(in_bin, 1)).tolist(),
+        }
         count = max(positions, 1)
         return {
             "loss": (self.objective.kd_weight * kd + self.objective.ce_weight * ce) / count,

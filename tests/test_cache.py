@@ -167,6 +167,38 @@ def test_one_of_several_processes_reads_the_same_samples_each_alone(method: Meth
     assert not any(shard._blocks for shard in cache._open.values())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("method", ["threshold", "top_k", "random"])
+def test_the_samples_of_a_batch_are_those_read_one_by_one(
+    method: Method, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(LENGTHS, method=method)
+    make_cache(tmp_path, rows, lanes=2, samples_per_shard=3, method=method)
+    monkeypatch.setattr(cache_module, "MOST_OPEN", 2)  # of 6 shards: some are closed while a batch is read
+    cache, alone = TeacherCache(tmp_path), TeacherCache(tmp_path)
+    cache.processes = processes
+    for items in ([7, 0, 12, 3, 4, 1, 6, 9], [1], [6, 1], [2, 2], []):
+        samples = cache.__getitems__(items)
+        assert len(samples) == len(items)
+        for found, item in zip(samples, items, strict=True):
+            expected = alone[item]
+            assert found.sample_index == item and found.input_ids.tolist() == rows[item].ids.tolist()
+            assert found.target_mask.tolist() == expected.target_mask.tolist()
+            assert all(torch.equal(getattr(found.targets, name), getattr(expected.targets, name)) for name in FIELDS)
+            stats = (found.teacher_entropy, found.teacher_logprob)
+            assert stats == (expected.teacher_entropy, expected.teacher_logprob)
+    assert len(cache._open) <= 2
+
+
+def test_lengths_are_read_without_a_sample_and_leave_no_file_open(tmp_path: Path) -> None:
+    rows = make_rows(SPLIT)
+    make_cache(tmp_path, rows, lanes=2, samples_per_shard=2, max_length=8, long_documents="split")
+    cache = TeacherCache(tmp_path)
+    assert cache.lengths.tolist() == [len(row.ids) for row in rows]
+    assert not cache._open
+    assert pickle.loads(pickle.dumps(cache)).__dict__["lengths"].tolist() == cache.lengths.tolist()
+
+
 def test_it_pickles_also_with_shards_open_and_works_in_worker_processes(made: Path) -> None:
     cache = TeacherCache(made)
     before = [cache[item].input_ids.tolist() for item in range(13)]
@@ -310,6 +342,10 @@ def test_values_that_contradict_each_other_are_refused(
     forge_columns(tmp_path, monkeypatch, change)
     with pytest.raises(DamagedCache, match=words):
         read_all(tmp_path)
+    several = TeacherCache(tmp_path)
+    several.processes = 2
+    with pytest.raises(DamagedCache, match=words):
+        several.__getitems__(range(13))
 
 
 def test_a_manifest_of_another_cache_is_refused(copied: Path, tmp_path: Path) -> None:

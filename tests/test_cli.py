@@ -39,7 +39,9 @@ def test_help_names_every_command_and_answers_at_once() -> None:
     assert min(seconds) < 0.3
 
 
-@pytest.mark.parametrize("command", ["check", "init", "estimate", "inspect", "verify", "audit", "sizes", "demo"])
+@pytest.mark.parametrize(
+    "command", ["check", "init", "estimate", "inspect", "verify", "audit", "report", "compare", "sizes", "demo"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     answer = run(command, "--help")
     assert (answer.returncode, answer.stderr) == (0, "")
@@ -72,6 +74,8 @@ def test_version_is_the_packages() -> None:
         (["init", "run.yaml"], "run.yaml"),
         (["inspect"], "CACHE"),
         (["inspect", "nowhere"], "nowhere"),
+        (["report"], "RUN"),
+        (["compare", "nowhere", "nowhere"], "nowhere"),
         (["demo", "--no-such-flag"], "--no-such-flag"),
         (["generate"], "accelerate launch -m accel_distill.generate"),
     ],

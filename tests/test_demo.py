@@ -106,6 +106,7 @@ def test_the_held_out_documents_are_not_in_the_teachers_text(tmp_path: Path, mon
     monkeypatch.setattr(demo, "train_teacher", lambda text, tokenizer, **_: seen.update(teacher=text))
     monkeypatch.setattr(demo, "run_command", lambda command, environment: ran.append(str(command)))
     monkeypatch.setattr(demo, "report", lambda out: "")
+    monkeypatch.setattr(demo, "write_report", lambda run, page, *, baseline: [])
     demo.demo(tmp_path, TINY)
     config = load_config(tmp_path / "run.yaml")
     assert seen["teacher"] == seen["tokenizer"] == texts[config.dataset.eval_samples :]
@@ -188,6 +189,9 @@ def test_a_quick_demo_goes_the_whole_way_and_prints_what_the_commands_measured(t
     distilled, alone = (json.loads((out / name / "all_results.json").read_text()) for name in ("student", "baseline"))
     assert distilled["eval_samples"] == demo.QUICK.eval_samples and distilled["eval_teacher_ce"] > 0
     assert distilled["train_samples"] == alone["train_samples"] == demo.QUICK.samples - demo.QUICK.eval_samples
+    page = (out / "student" / "report.html").read_text()
+    assert "out/student/report.html" in run.stdout and page.count('<p class="context">') == 10
+    assert f"{distilled['eval_kl']:.4f}" in page and f"{alone['eval_kl']:.4f}" in page
     table = run.stdout[run.stdout.index("documents held out") :]
     for shown in (
         rf"cross-entropy, nats +{distilled['eval_ce']:.4f} +{alone['eval_ce']:.4f} +{distilled['eval_teacher_ce']:.4f}",

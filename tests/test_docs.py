@@ -183,6 +183,8 @@ def smaller(words: list[str]) -> list[str]:
             word = "run.yaml"
         elif word.startswith("caches/"):
             word = "caches/my-run"
+        elif word.startswith("runs/"):
+            word = "runs/my-run"
         elif key in SMALLER:
             word = f"{key}={SMALLER[key]}"
         elif key == "training.output_dir":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel_distill.packing import LARGEST, Bits, pack, unpack
+from accel_distill.packing import LARGEST, Bits, join_bits, pack, unpack
 
 
 def test_small_values_are_their_own_symbols_and_larger_ones_by_their_leading_four_bits():
@@ -25,6 +25,22 @@ def test_every_size_comes_back_and_so_does_any_cut():
         start, stop = int(ends[first]), int(ends[last])
         part = Bits(stream[start // 8 : -(-stop // 8)], start % 8, stop - start)
         assert unpack(symbols[first:last], part, name="x").tolist() == values[first:last].tolist()
+
+
+def test_parts_are_joined_and_come_back_in_their_order():
+    values = np.random.default_rng(1).geometric(0.01, 500)
+    symbols, stream, width = pack(values, name="x")
+    ends = np.concatenate([[0], np.cumsum(width)])
+    cuts = [(300, 310), (5, 5), (0, 100), (499, 500), (100, 300)]
+    parts = []
+    for first, last in cuts:
+        start, stop = int(ends[first]), int(ends[last])
+        parts.append(Bits(stream[start // 8 : -(-stop // 8)], start % 8, stop - start))
+    joined = join_bits(parts, [last - first for first, last in cuts])
+    of = np.concatenate([np.arange(first, last) for first, last in cuts])
+    assert unpack(symbols[of], joined, name="x").tolist() == values[of].tolist()
+    with pytest.raises(ValueError, match="its symbols need"):
+        unpack(symbols[of], joined._replace(length=joined.length + 1), name="x")
 
 
 @pytest.mark.parametrize("value", [-1, LARGEST + 1])

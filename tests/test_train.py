@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from accel_distill import __version__
 from accel_distill.cache import TeacherCache
 from accel_distill.checkpoint_record import DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
@@ -30,6 +31,7 @@ from accel_distill.deal import shard_name
 from accel_distill.errors import CacheMismatch, ConfigError, DamagedCache, RunError
 from accel_distill.generate import generate
 from accel_distill.processes import check_backend
+from accel_distill.run_record import read_run_record
 from accel_distill.train import _data_record, main, objective, split_items, train, training_arguments
 from accel_distill.trainer import DistillationTrainer
 from accel_distill.training_arguments import INTEGRATIONS
@@ -103,10 +105,30 @@ def test_training_writes_the_student_its_tokenizer_metrics_and_the_resolved_conf
     assert (metrics["world_size"], metrics["distributed_type"]) == (1, "NO")
     assert metrics["eval_loss"] == metrics["eval_kl"] > 0  # kd_weight 1, ce_weight 0
     assert (tmp_path / "run.yaml").read_text() == resolved_yaml(config)
+    assert sum(metrics["eval_calibration"]["positions"]) == metrics["eval_positions"]
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in log if "kd" in line and "ce" in line] == [1, 2, 3, 4]
     printed = capsys.readouterr().out
     assert f"{metrics['eval_kl']:.4f}" in printed and str(tmp_path) in printed
+
+
+def test_training_records_with_what_it_ran_and_what_it_read(run: Path, tmp_path: Path) -> None:
+    train(configured(run, tmp_path))
+    record, cache = read_run_record(tmp_path), TeacherCache(run / "cache")
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["accel_distill"] == __version__
+    assert set(record["versions"]) >= {"python", "transformers", "accelerate", "datasets", "tokenizers"}
+    assert record["machine"]["cores"] == os.cpu_count() and record["machine"]["memory_bytes"] > 1e8
+    assert record["machine"]["processor"] and len(record["machine"]["gpus"]) == torch.cuda.device_count()
+    assert (record["world_size"], record["distributed_type"], record["full_logits"]) == (1, "NO", None)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert record["student"]["parameters"] == record["student"]["trained_parameters"] == student.num_parameters()
+    assert record["cache"]["identity"] == cache.identity and record["cache"]["cache_id"] == cache.cache_id
+    assert record["cache"]["samples"] == SAMPLES and record["cache"]["complete"] is True
+    assert record["cache"]["positions"] == sum(len(sample.targets) for sample in cache)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["started"])
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    positions = [line["positions"] for line in log if "positions" in line]
+    assert len(positions) == 4 and sum(positions) == pytest.approx(4 * 4 * 18, rel=0.5)
 
 
 def test_the_saved_student_loads_in_plain_transformers_and_has_the_reported_metrics(run: Path, tmp_path: Path) -> None:
