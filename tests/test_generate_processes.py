@@ -84,7 +84,12 @@ def test_two_processes_say_each_thing_once(launched: tuple[Path, subprocess.Comp
     assert done.stdout == ""
     first, *last = done.stderr.splitlines()
     assert first == f"2 processes on cpu: opening {cache}"
-    said = r"complete: .*\n  60 samples \(to the sample cap\): .*\n  [\d,]+ tokens, [\d,]+ positions .*\n  8 shards, .*"
+    said = r"60 of 60 samples \(100%\) in .*
+complete: .*
+  60 samples \(to the sample cap\): .*
+"
+    said += r"  [\d,]+ tokens, [\d,]+ positions .*
+  8 shards, .*"
     assert re.fullmatch(said, "\n".join(last))
     logs = sorted((cache / "logs").iterdir())
     assert [len(log.read_text().splitlines()) for log in logs] == [4, 4]  # each process made its half
