@@ -84,13 +84,15 @@ def test_two_processes_say_each_thing_once(launched: tuple[Path, subprocess.Comp
     assert done.stdout == ""
     first, *last = done.stderr.splitlines()
     assert first == f"2 processes on cpu: opening {cache}"
-    said = r"60 of 60 samples \(100%\) in .*
-complete: .*
-  60 samples \(to the sample cap\): .*
-"
-    said += r"  [\d,]+ tokens, [\d,]+ positions .*
-  8 shards, .*"
-    assert re.fullmatch(said, "\n".join(last))
+    said = [
+        r"60 of 60 samples \(100%\) in .*",
+        r"complete: .*",
+        r"  60 samples \(to the sample cap\): .*",
+        r"  [\d,]+ tokens, [\d,]+ positions .*",
+        r"  8 shards, .*",
+    ]
+    for line, expected in zip(last, said, strict=True):
+        assert re.fullmatch(expected, line)
     logs = sorted((cache / "logs").iterdir())
     assert [len(log.read_text().splitlines()) for log in logs] == [4, 4]  # each process made its half
 
