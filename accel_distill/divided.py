@@ -41,7 +41,7 @@ def check_parallelism(parallelism: Parallelism, *, world_size: int) -> None:
     if parallelism == "auto" and world_size > 1:
         raise ConfigError(
             f"teacher.parallelism is auto, which spreads one teacher over all devices of a machine, but {world_size} "
-            "processes were started; start one (python -m accel_distill.generate ...), or take fsdp or zero3, which "
+            "processes were started; start one, or take fsdp or zero3, which "
             "divide the teacher among the processes"
         )
     if parallelism == "zero3" and world_size > 1 and importlib.util.find_spec("deepspeed") is None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from accel_distill.batch_targets import TargetsOf
 from accel_distill.checkpoint_record import OnlineRecord
 from accel_distill.config import RunConfig
+from accel_distill.divided import check_parallelism
 from accel_distill.errors import ConfigError
 from accel_distill.identity import check_length, dataset_identity, pinned, teacher_identity
 from accel_distill.losses import Objective
@@ -36,9 +37,10 @@ class OnlineData:
     def __init__(self, config: RunConfig, world: World) -> None:
         """Open the dataset and find what identifies it and the teacher; every process calls it.
 
-        Raises ConfigError for a dataset, teacher or tokenizer that is not there or does not fit.
+        Raises ConfigError for a dataset, teacher or tokenizer that is not there or does not fit, and for a
+        `teacher.parallelism` that so many processes cannot have.
         """
-        self._made_from, self._pieces = world.from_main(lambda: _look(config))
+        self._made_from, self._pieces = world.from_main(lambda: _look(config, world_size=world.world_size))
         dataset, teacher = self._made_from["dataset"], self._made_from["teacher"]
         self._config = config = pinned(config, teacher=teacher, source=dataset["source"])
         self.cache = None  # of a run with one: for the record of what a run was trained on
@@ -104,8 +106,9 @@ def one_pass(config: RunConfig) -> dict[str, Any]:
     return {**config.training, "num_train_epochs": 1} if once else config.training
 
 
-def _look(config: RunConfig) -> tuple[dict[str, Any], np.ndarray | None]:
+def _look(config: RunConfig, *, world_size: int) -> tuple[dict[str, Any], np.ndarray | None]:
     """Return what the run is made from and, where documents are split, their pieces; for rank 0."""
+    check_parallelism(config.teacher.parallelism, world_size=world_size)
     for unused in _unused_keys(config):
         log.warning("%s is not used: teacher.mode is online", unused)
     model = load_teacher_config(config.teacher)

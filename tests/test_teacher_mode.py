@@ -10,6 +10,7 @@ from accel_distill.divergences import DIVERGENCES
 from accel_distill.errors import ConfigError
 from accel_distill.estimate import estimate
 from accel_distill.generate import generate
+from accel_distill.online_data import _look
 
 ONLINE = "teacher: {model: org/teacher, mode: online}\ndataset: {name: org/text, streaming: true, max_samples: 1000}\n"
 CACHED = "teacher: {model: org/teacher}\ndataset: {name: org/text}\ncache: {path: caches/a}\n"
@@ -85,6 +86,14 @@ def test_generate_and_estimate_refuse_a_run_without_a_cache(online: Path) -> Non
         generate(config)
     with pytest.raises(ConfigError, match="there is no cache for estimate"):
         estimate(config, probe=None, processes=1)
+
+
+def test_a_teacher_that_one_process_spreads_over_its_devices_is_refused_for_two_before_anything_is_opened(
+    online: Path,
+) -> None:
+    config = load_config(online, ["teacher.parallelism=auto"])
+    with pytest.raises(ConfigError, match="is auto, .* but 2 processes were started; start one, or take fsdp or zero3"):
+        _look(config, world_size=2)
 
 
 def test_check_says_that_there_is_no_cache(online: Path, capsys: pytest.CaptureFixture[str]) -> None:
