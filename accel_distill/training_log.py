@@ -23,7 +23,7 @@ HEADER = (
     f"{'step':>7}{'epoch':>7}{'loss':>8}{'kd':>8}{'ce':>8}{'kl':>8}{'teacher':>8}{'lr':>9}{'pos/s':>8}{'memory':>8}"
 )
 # Logged, and not for the screen.
-LEFT_OUT = {"epoch", "grad_norm", "data_wait_share", "total_flos", "num_input_tokens_seen"}
+LEFT_OUT = {"epoch", "grad_norm", "positions", "data_wait_share", "total_flos", "num_input_tokens_seen"}
 LEFT_OUT |= {f"eval_{name}" for name in ("positions", "runtime", "samples_per_second", "steps_per_second")}
 SHOWN = {*LOSSES, "learning_rate", "positions_per_second", "peak_memory_bytes"}
 SHOWN |= {f"eval_{name}" for name in (*LOSSES, "top1_agreement", "ece")}

@@ -20,6 +20,8 @@ STEP = {
     "teacher_ce": 1.5054,
     "positions_per_second": 123_456.7,
     "peak_memory_bytes": 79_123_456_789,
+    "positions": 20_089,
+    "data_wait_share": 0.01,
     "epoch": 0.0645,
 }
 EVALUATION = {
