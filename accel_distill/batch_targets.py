@@ -19,13 +19,13 @@ Batch = dict[str, Tensor]  # what a collator returns
 
 @dataclass(frozen=True)
 class Taught:
-    """A batch of B rows with P positions that carry a target, as the teacher sees them."""
+    """A batch of S samples, one a row or several, with P positions that carry a target, as the teacher sees them."""
 
     job: Job
-    entropy: Tensor  # (B,): what to subtract from a row's summed KD to make it a KL, with the factor T^2
+    entropy: Tensor  # (S,): what to subtract from a sample's summed KD to make it a KL, with the factor T^2
     top_ids: Tensor  # (P,) int64: the teacher's most probable ids; of a dense teacher once the job has run with a peak
-    logprob: Tensor  # (B,) or (P,): of the true next tokens at temperature 1; of a dense teacher once the job has run
-    logprob_rows: Tensor  # as long: the row of each
+    logprob: Tensor  # (S,) or (P,): of the true next tokens at temperature 1; of a dense teacher once the job has run
+    logprob_rows: Tensor  # as long: the sample of each
 
 
 TargetsOf = Callable[..., Taught]
@@ -35,10 +35,12 @@ TargetsOf = Callable[..., Taught]
 def cached_targets(batch: Batch, objective: Objective, *, factor: Tensor | float = 1.0, with_peak: bool) -> Taught:
     """Return what a batch of `CachedLogitCollator` says."""
     entries = batch["target_offsets"], batch["target_ids"], batch["target_weights"]
-    rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+    samples = torch.arange(len(batch["teacher_logprob"]), device=batch["input_ids"].device)
     job = sparse_job(batch, entries, objective, factor=factor, with_peak=with_peak)
     entropy = subtracted_entropy(batch["teacher_entropy"], objective)
-    return Taught(job, entropy, entries[1][entries[0][:-1]], batch["teacher_logprob"], rows)  # its top id comes first
+    return Taught(
+        job, entropy, entries[1][entries[0][:-1]], batch["teacher_logprob"], samples
+    )  # its top id comes first
 
 
 def sparse_job(

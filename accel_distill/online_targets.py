@@ -20,10 +20,8 @@ from accel_distill.losses import IGNORE_INDEX, Objective
 from accel_distill.targets import concatenate, no_targets
 from accel_distill.teacher import SampledChunk, Sampling, Teacher
 
-COPIES = (
-    4  # of a chunk's logits that a dense loss holds at least: so its chunks are as much smaller than a sparse one's
-)
-
+# Of a chunk's logits, that a dense loss holds at least: its chunks are as much smaller than a sparse one's.
+COPIES = 4
 
 LogitsOf = Callable[[slice], Tensor]
 

@@ -136,13 +136,8 @@ class Progress:
         """Print how far the run came; on a terminal as two lines that fit it."""
         first = f"{self._samples()} in {rough_duration(now - self._begun)}"
         if self._is_terminal:
-            print(
-                first,
-                self._fitting(now, width=(terminal_width(sys.stderr) or 80)),
-                sep="\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            second = self._fitting(now, width=terminal_width(sys.stderr) or 80)
+            print(first, second, sep="\n", file=sys.stderr, flush=True)
         else:
             print(first, *self._figures(now), sep="  ", file=sys.stderr, flush=True)
 

@@ -24,7 +24,6 @@ from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import ConfigError, exit_with
 from accel_distill.online_data import OnlineData, one_pass
-from accel_distill.packs import PackedCache
 from accel_distill.processes import (
     World,
     check_backend,
@@ -231,9 +230,7 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     trainer.save_model()
     held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
-    if isinstance(trainer.train_dataset, PackedCache):
-        metrics["train_samples"] = samples = trainer.train_dataset.samples
-        metrics["train_samples_per_second"] *= samples / rows  # the Trainer takes a row for a sample
+    metrics["train_samples_per_second"] *= trainer.train_samples / rows  # the Trainer takes a row for a sample
     if held_out:
         metrics |= trainer.evaluate()
         metrics["eval_calibration"] = trainer.calibration

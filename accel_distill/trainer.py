@@ -30,6 +30,7 @@ from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
 from accel_distill.packing_probe import packing_fault
+from accel_distill.packs import PackedCache
 from accel_distill.recent_losses import RecentLosses
 from accel_distill.shuffle import training_sampler
 from accel_distill.text_rows import StreamRows
@@ -143,7 +144,7 @@ class DistillationTrainer(Trainer):
     def _planned(self) -> int:
         """How many samples there are to train on, as far as is known before."""
         dataset = self.train_dataset
-        return dataset.samples if isinstance(dataset, StreamRows) else len(dataset)
+        return dataset.samples if isinstance(dataset, StreamRows | PackedCache) else len(dataset)
 
     @property
     def train_samples(self) -> int:
