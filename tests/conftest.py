@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Before any test imports a Hugging Face library, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads for models this small only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # threads for models this small only wait for each other, and may round otherwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 

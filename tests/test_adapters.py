@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_train import HELD_OUT, VOCAB, configured, one_thread, run  # noqa: F401
+from test_train import HELD_OUT, VOCAB, configured, run  # noqa: F401
 from tiny import make_teacher, make_tokenizer, story
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

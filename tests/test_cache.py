@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from accel_distill.targets import SparseTargets
 LENGTHS = [[9], [0], [1], [2], [17], [5], [0], [30], [3], [8], [4], [12], [6]]  # 13 samples
 FIELDS = ("head_count", "head_ids", "head_values", "tail_count", "tail_ids", "tail_values")
 SPLIT = [[9], [8, 8, 3], [0], [5], [8, 2], [1], [8, 8, 8, 5], [7]]  # pieces of at most 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many threads only cost time on tensors of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check_all(cache: TeacherCache, rows: list[Row], *, vocab: int = 50) -> None:

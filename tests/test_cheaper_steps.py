@@ -1,6 +1,5 @@
 """What makes a step smaller or faster changes nothing: gradient checkpointing, bfloat16, `torch.compile`."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,6 @@ from trainer_run import STEPS, VOCAB, cached_samples, make_trainer, ragged_ids, 
 from accel_distill.fused_head import FusedHead
 
 Logs = list[dict[str, float]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(output: Path, *, ids: list[Tensor] | None = None, **settings: Any) -> tuple[dict[str, Tensor], Logs]:

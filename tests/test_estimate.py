@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,6 @@ CHOICE = random.Random(0)
 LEXICON = ["".join(CHOICE.choices("abcdefghijklmnopqrstuvwxyz", k=CHOICE.randint(1, 5))) for _ in range(2000)]
 TEXTS = [" ".join(CHOICE.choices(LEXICON, k=CHOICE.randint(1, 30))) for _ in range(500)]  # no two are alike
 MAX_LENGTH = 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many threads only cost time on tensors of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -55,14 +55,6 @@ POSITIONS = torch.tensor([0, 1, 4, 6, 7, 9, 10, 11, 15, 16, 18, 19, 20, 22, 25])
 KINDS: list[TargetKind] = ["threshold", "top_k", "dense"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(name: str = "llama") -> PreTrainedModel:
     torch.manual_seed(0)
     model = MODELS[name]().eval()

@@ -7,12 +7,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT
 from layout_run import (
     GLOBAL_BATCH,
@@ -42,16 +40,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of all runs, with those of one process."""
-    directory, threads = tmp_path_factory.mktemp("layouts"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("layouts")
     make_students(directory)
     for layout in ONE:
         for optimizer in layout.optimizers:
             train(directory, layout, optimizer)
-    yield directory
-    torch.set_num_threads(threads)
+    return directory
 
 
 @pytest.fixture(scope="module")

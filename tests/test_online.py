@@ -1,7 +1,6 @@
 """Training with the teacher in the process: what a cache would have given, without the cache."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ SIZES = {
 }
 LOGGED = ("loss", "kd", "ce", "kl", "teacher_ce", "grad_norm")
 EVALUATED = ("loss", "ce", "kd", "kl", "teacher_ce", "top1_agreement", "ece", "positions")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on several threads, and much slower where they have to wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

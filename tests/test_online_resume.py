@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
 
@@ -25,14 +23,6 @@ SIZES = {
     "num_attention_heads": 2,
 }
 STREAM, HELD_OUT, STEPS, SAVED = 40, 4, 5, 2  # 36 samples to train on, 8 a step: the last step has 4, all of one rank
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

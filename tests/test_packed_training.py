@@ -1,7 +1,6 @@
 """Packed rows train as one sample a row does: the same losses, gradients and weights from the same samples."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from accel_distill.fused_head import FullLogits
 from accel_distill.packs import best_fit
 
 MOST = 24  # tokens of a row
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from made_run import make_run
 from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
 
@@ -26,15 +24,6 @@ EVIL = "<script>alert(1)</script>"
 SAMPLES, HELD_OUT = 60, 12
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on several threads, and much slower where they have to wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def configured(path: Path, name: str, **changes: dict[str, object]) -> RunConfig:

@@ -6,12 +6,10 @@ Also with packed rows, and with steps of samples of about equal length.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny import make_teacher, make_tokenizer, run_config, story, write_jsonl
 
@@ -30,14 +28,6 @@ SIZES = {
     "num_attention_heads": 2,
 }
 STEPS, SAVED = 8, 6  # 4 steps are an epoch of 32 samples; the run is saved in the middle of the second
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from layout_run import deepspeed_settings
 from safetensors.torch import load_file
-from test_train import SIZES, VOCAB, configured, one_thread, run  # noqa: F401
+from test_train import SIZES, VOCAB, configured, run  # noqa: F401
 from tiny import make_teacher, make_tokenizer, story
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

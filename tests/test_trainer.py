@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,6 @@ from accel_distill.targets import SparseTargets, concatenate
 
 HERE = Path(__file__).parent
 TIMES = ("runtime", "per_second", "preparation_time", "memory_bytes", "wait_share")  # what no two runs share
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on several threads, and much slower where they have to wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
