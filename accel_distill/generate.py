@@ -9,7 +9,6 @@ Ranks that share a divided teacher meet before each of its forwards (`turns.py`)
 import functools
 import logging
 import os
-import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ from accel_distill.reading import Reading
 from accel_distill.run_plan import refuse_what_cannot_fit
 from accel_distill.shard import HEADER_BYTES, ShardHeader, read_header
 from accel_distill.shard_writer import shard_writer
-from accel_distill.stopping import Stop, stop_on_signals
+from accel_distill.stopping import Stop, end, stop_on_signals
 from accel_distill.stream import TextStream, Walk, is_pinned
 from accel_distill.teacher import Sampling, load_teacher
 from accel_distill.teacher_mode import refuse_without_cache
@@ -370,4 +369,4 @@ def _count(number: int, noun: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -8,10 +8,12 @@ because a kill at any moment is: whatever has its final name is whole.
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from accel_distill.errors import Stopped, say, status_of
 
@@ -19,6 +21,7 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 RAISE = signal.SIGUSR2  # wakes the main thread for an error that another thread has seen
 GRACE = 10.0  # seconds until the main thread must have noticed
 LONGEST = 20.0  # seconds from then until the process must have ended: the shard in the writer is published
+AFTERWARDS = 10.0  # seconds from the command's end until the interpreter's own must have come, where it was stopped
 ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
 
 
@@ -110,3 +113,16 @@ def stop_on_signals() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)  # ends the thread
+
+
+def end(status: int) -> NoReturn:
+    """End the process with the exit status of its command, soon also where the command was stopped or failed.
+
+    The stop may have come up in a library that had just started a thread (as the one that loads the teacher's weights
+    does); nobody tells that thread to end then, and the interpreter would wait for it for ever.
+    """
+    if status:
+        watchdog = threading.Timer(AFTERWARDS, os._exit, args=(status,))
+        watchdog.daemon = True
+        watchdog.start()
+    sys.exit(status)

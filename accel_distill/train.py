@@ -35,7 +35,7 @@ from accel_distill.processes import (
 from accel_distill.progress import logged_above_bars
 from accel_distill.publish import replace
 from accel_distill.run_record import run_record, write_run_record
-from accel_distill.stopping import stop_on_signals
+from accel_distill.stopping import end, stop_on_signals
 from accel_distill.student import load_student
 from accel_distill.trainer import DistillationTrainer
 from accel_distill.training_arguments import default_report_to, library_arguments, sharded_by
@@ -255,4 +255,4 @@ def _make_directory(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -75,3 +77,16 @@ def test_a_forked_process_dies_of_its_own_signal_and_the_first_one_does_not_hear
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.2)
+
+
+def test_a_thread_that_a_library_left_behind_does_not_keep_a_stopped_process() -> None:
+    waits = "import threading; threading.Thread(target=threading.Event().wait).start(); "
+    ends = "from accel_distill import stopping; stopping.AFTERWARDS = 0.5; stopping.end(143)"
+    assert subprocess.run([sys.executable, "-c", waits + ends], timeout=60).returncode == 143
+
+
+def test_a_process_that_did_its_work_waits_for_the_threads_it_has() -> None:
+    writes = "import threading, time; threading.Timer(1.0, print, ['written']).start(); "
+    ends = "from accel_distill import stopping; stopping.AFTERWARDS = 0.0; stopping.end(0)"
+    done = subprocess.run([sys.executable, "-c", writes + ends], timeout=60, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "written\n")

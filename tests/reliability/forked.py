@@ -194,6 +194,7 @@ def run_rank(
     from accel_distill import alive
     from accel_distill import generate as command
     from accel_distill.processes import World
+    from accel_distill.stopping import end
 
     path = Path(handover)
 
@@ -232,7 +233,7 @@ def run_rank(
     command.start_processes = lambda: FileWorld(rank, world_size, torch.device("cpu"), "NO")
     if faults is not None:
         faults.apply()
-    sys.exit(command.main(["--config", run_file, "--force"]))  # what the estimate refuses is not what is tested here
+    end(command.main(["--config", run_file, "--force"]))  # what the estimate refuses is not what is tested here
 
 
 class Run:
