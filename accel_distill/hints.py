@@ -32,19 +32,29 @@ LARGEST = 4_000_000  # bytes
 
 @dataclass(frozen=True)
 class Hint:
-    """A place in the stream."""
+    """A place in the stream; `after` is what tells it where no shards do (noted_stream.py)."""
 
     at: int
     state: Any
+    after: str | None = None
 
 
-def read_hints(cache: Path) -> list[Hint]:
-    """Return the hints of a cache, in order; none where there is no file, or not one of ours."""
+def read_hints(directory: Path) -> list[Hint]:
+    """Return the hints in a directory, in order; none where there is no file, or not one of ours."""
     try:
-        hints = [Hint(**hint) for hint in json.loads(read_regular(cache / NAME, limit=LARGEST))]
+        hints = [Hint(**hint) for hint in json.loads(read_regular(directory / NAME, limit=LARGEST))]
         return sorted((hint for hint in hints if hint.at > 0), key=lambda hint: hint.at)
     except (OSError, ValueError, TypeError, RecursionError):
         return []
+
+
+def add_hint(hint: Hint, directory: Path, *, scratch: Path) -> None:
+    """Write a hint behind those of a directory that come before it. Raises as `publish` for the disk."""
+    hints = [before for before in read_hints(directory) if before.at < hint.at] + [hint]
+    if len(hints) > MOST:
+        hints = hints[: MOST // 2 : 2] + hints[MOST // 2 :]
+    data = json.dumps([asdict(hint) for hint in hints], indent=1).encode()
+    replace(data, directory / NAME, scratch=scratch)
 
 
 def start_late(
@@ -93,12 +103,5 @@ class HintWriter:
             yield text
             index = self._reading.index
             if index % self._group_samples == 0 and time.monotonic() - self._noted >= EVERY:
-                self._noted = time.monotonic()
-                self._write(self._reading.mark())
-
-    def _write(self, mark: Mark) -> None:
-        hints = [hint for hint in read_hints(self._cache) if hint.at < mark.at] + [Hint(mark.at, mark.state)]
-        if len(hints) > MOST:
-            hints = hints[: MOST // 2 : 2] + hints[MOST // 2 :]
-        data = json.dumps([asdict(hint) for hint in hints], indent=1).encode()
-        replace(data, self._cache / NAME, scratch=scratch(self._cache))
+                self._noted, mark = time.monotonic(), self._reading.mark()
+                add_hint(Hint(mark.at, mark.state), self._cache, scratch=scratch(self._cache))

@@ -8,6 +8,7 @@ files of a local teacher and dataset once when a run begins.
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from accel_distill.divided import check_parallelism
 from accel_distill.errors import ConfigError
 from accel_distill.identity import check_length, dataset_identity, pinned, teacher_identity
 from accel_distill.losses import Objective
+from accel_distill.noted_stream import NotedStream
 from accel_distill.online_targets import OnlineTargets
 from accel_distill.processes import World, whole_weights
 from accel_distill.stream import TextStream
@@ -71,7 +73,13 @@ class OnlineData:
         dataset = self._config.dataset
         assert dataset.max_samples is not None
         multiple = arguments.per_device_train_batch_size * arguments.world_size
-        rows = StreamRows(self._texts, first=dataset.eval_samples, stop=dataset.max_samples, multiple=multiple)
+        stream = NotedStream(
+            self._texts.stream.read,
+            Path(str(arguments.output_dir)),
+            source=self._made_from["dataset"]["source"],
+            is_writer=arguments.process_index == 0,
+        )
+        rows = StreamRows(self._texts, stream, first=dataset.eval_samples, stop=dataset.max_samples, multiple=multiple)
         steps = -(-len(rows) // multiple // arguments.gradient_accumulation_steps)
         if arguments.max_steps > steps:
             raise ConfigError(

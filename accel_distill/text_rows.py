@@ -4,6 +4,7 @@ The one decision: a stream is a map-style dataset too, whose item n is sample `f
 for. So dealing, the number of steps and going on in the middle are plain arithmetic on one global index, the same for
 any number of ranks and dataloader workers, and the Trainer skips to a checkpoint's place without making what it skips.
 It costs that every rank, and every dataloader worker of it, reads the whole stream; only its own rows are tokenised.
+Going on, they begin at the last place that was noted (noted_stream.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from accel_distill.noted_stream import NotedReading, NotedStream
 from accel_distill.pipeline import check_ids
-from accel_distill.reading import Reading
 from accel_distill.stream import TextStream
 from accel_distill.tokens import SequenceRule, TokenSequence
 
@@ -99,12 +100,12 @@ class StreamRows(Dataset):
     those beyond the end of a stream that ends before `stop`, and they say where that was.
     """
 
-    def __init__(self, texts: Texts, *, first: int, stop: int, multiple: int) -> None:
+    def __init__(self, texts: Texts, stream: NotedStream, *, first: int, stop: int, multiple: int) -> None:
         """`multiple`: samples of a batch, times ranks."""
-        self._texts, self._first, self._stop = texts, first, stop
+        self._texts, self._stream, self._first, self._stop = texts, stream, first, stop
         self.samples = stop - first
         self._length = -(-self.samples // multiple) * multiple
-        self._reading: Reading | None = None
+        self._reading: NotedReading | None = None
         self._end: int | None = None  # samples in the stream, once known
 
     def __len__(self) -> int:
@@ -114,7 +115,7 @@ class StreamRows(Dataset):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Sequence[int]) -> list[TextRow]:
-        """Return some rows, in ascending order; an earlier one than before reads the stream from its start."""
+        """Return some rows, in ascending order; an earlier one than before opens the stream again."""
         texts = {index: text for index in (self._first + item for item in items) for text in self._read(index)}
         rows = {row.sample_index: row for row in self._texts.rows(list(texts.values()), list(texts))}
         end = None if self._end is None else max(0, self._end - self._first)
@@ -126,7 +127,7 @@ class StreamRows(Dataset):
         if index >= self._stop or (self._end is not None and index >= self._end):
             return
         if self._reading is None or index < self._reading.index:
-            self._reading = self._texts.stream.read()
+            self._reading = self._stream.open(index)
         reading = self._reading
         yield from islice(reading, index - reading.index, index - reading.index + 1)
         if reading.index <= index:

@@ -64,6 +64,7 @@ FLOORS = {
     "head_probe": 4,
     "hints": 4,
     "histograms": 4,
+    "noted_stream": 5,
     "shard_checks": 4,
     "adapters": 5,
     "cache": 5,

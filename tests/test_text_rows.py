@@ -12,8 +12,10 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from tiny import MAX_LENGTH, make_tokenizer, run_config, story, write_jsonl
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from accel_distill import hints
 from accel_distill.errors import ConfigError
 from accel_distill.losses import IGNORE_INDEX
+from accel_distill.noted_stream import NotedStream
 from accel_distill.stream import TextStream
 from accel_distill.text_collator import NO_END, TextCollator
 from accel_distill.text_rows import NO_SAMPLE, MapRows, StreamRows, TextRow, Texts
@@ -21,6 +23,12 @@ from accel_distill.tokens import SequenceRule, TokenSequence
 
 COUNT, FIRST = 37, 5  # texts; the first ones are held out
 TOKENIZER = make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places of a stream are noted as soon as the one before is written, so that reading begins at them."""
+    monkeypatch.setattr(hints, "EVERY", 0.0)
 
 
 def open_texts(place: Path, *, vocab_size: int = 400, count: int = COUNT, **dataset: Any) -> Texts:
@@ -31,6 +39,12 @@ def open_texts(place: Path, *, vocab_size: int = 400, count: int = COUNT, **data
     ]
     config = run_config(place, files, place, dataset={"streaming": True, **dataset}).dataset
     return Texts(TextStream(config), rule=SequenceRule.of(config), tokenizer=TOKENIZER, vocab_size=vocab_size)
+
+
+def stream_rows(texts: Texts, place: Path, *, first: int, stop: int, multiple: int) -> StreamRows:
+    """Return the rows of a stream; of all processes this one writes hints."""
+    stream = NotedStream(texts.stream.read, place / "run", source=texts.stream.source, is_writer=True)
+    return StreamRows(texts, stream, first=first, stop=stop, multiple=multiple)
 
 
 def expected(first: int, stop: int) -> list[TokenSequence]:
@@ -56,7 +70,7 @@ def loaders(rows: StreamRows, *, batch: int, world_size: int, skip: int = 0, wor
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2)])
 def test_a_stream_is_dealt_whole_and_without_repetition(tmp_path: Path, world_size: int, workers: int) -> None:
     texts = open_texts(tmp_path, max_samples=COUNT)
-    rows = StreamRows(texts, first=FIRST, stop=COUNT, multiple=3 * world_size)
+    rows = stream_rows(texts, tmp_path, first=FIRST, stop=COUNT, multiple=3 * world_size)
     found = [list(loader) for loader in loaders(rows, batch=3, world_size=world_size, workers=workers)]
     assert len({len(batches) for batches in found}) == 1  # every rank makes as many steps
     steps = list(zip(*found, strict=True))
@@ -70,7 +84,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks_nor_on_what_
     texts, steps = open_texts(tmp_path, max_samples=COUNT), {}
     for batch, world_size in ((8, 1), (4, 2), (2, 4)):
         for skip in (0, 2):
-            rows = StreamRows(texts, first=FIRST, stop=COUNT, multiple=batch * world_size)
+            rows = stream_rows(texts, tmp_path, first=FIRST, stop=COUNT, multiple=batch * world_size)
             ranks = loaders(rows, batch=batch, world_size=world_size, skip=skip)
             steps[world_size, skip] = [
                 [row.sequence.sample_index for part in step for row in part] for step in zip(*ranks, strict=True)
@@ -89,7 +103,7 @@ def test_skipping_does_not_make_tokens_of_what_is_skipped(tmp_path: Path, monkey
         return sequences(rule, texts, indices, **named)
 
     monkeypatch.setattr(SequenceRule, "sequences", counted)
-    rows = StreamRows(open_texts(tmp_path, max_samples=COUNT), first=FIRST, stop=COUNT, multiple=4)
+    rows = stream_rows(open_texts(tmp_path, max_samples=COUNT), tmp_path, first=FIRST, stop=COUNT, multiple=4)
     (loader,) = loaders(rows, batch=4, world_size=1, skip=6)
     assert sum(len(batch) for batch in loader) == 8
     assert made == list(range(FIRST + 24, COUNT))
@@ -101,7 +115,7 @@ def test_every_rank_learns_where_a_stream_ended_before_any_step_that_has_nothing
     tmp_path: Path, count: int, workers: int
 ) -> None:
     texts = open_texts(tmp_path, max_samples=100, count=count)
-    rows = StreamRows(texts, first=FIRST, stop=100, multiple=4)
+    rows = stream_rows(texts, tmp_path, first=FIRST, stop=100, multiple=4)
     ranks = loaders(rows, batch=2, world_size=2, workers=workers)
     for step, parts in enumerate(itertools.islice(zip(*ranks, strict=True), 5)):
         ends = [min((row.end for row in part if row.end is not None), default=None) for part in parts]
