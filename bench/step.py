@@ -283,7 +283,11 @@ def peak_bytes(device: str) -> int:
 
 
 def table(records: Sequence[dict[str, object]]) -> str:
-    """Return the records as Markdown, with their ratios to `ce_full` at the same vocabulary."""
+    """Return the records as Markdown, with their ratios to `ce_full` at the same vocabulary.
+
+    The ratio of time is of CPU time, which another program on the machine does not change; on a GPU of wall time.
+    """
+    clock = "cpu_seconds" if all(record["device"] == "cpu" for record in records) else "seconds"
     lines = [
         "| vocabulary | case | seconds | CPU seconds | of ce_full | peak above the model | of ce_full |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -292,7 +296,7 @@ def table(records: Sequence[dict[str, object]]) -> str:
         same = (r for r in records if r["case"] == "ce_full" and r["vocab_size"] == record["vocab_size"])
         base = next(same, record)
         time_ratio, memory_ratio = (
-            float(str(record[key])) / float(str(base[key])) for key in ("cpu_seconds", "peak_bytes_above_model")
+            float(str(record[key])) / float(str(base[key])) for key in (clock, "peak_bytes_above_model")
         )
         lines.append(
             f"| {record['vocab_size']:,} | {record['case']} | {record['seconds']:.3f} | {record['cpu_seconds']:.3f} | "

@@ -20,6 +20,7 @@ fail() {
   fail "expected a number of processes, found '$processes'; usage: launch/${module##*.}.sh N --config FILE [section.key=value ...]"
 shift 2
 
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3) || fail "no .venv and no python3; run launch/setup.sh"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -34,6 +35,9 @@ else
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
     fail "$processes processes asked for, and $gpus GPUs visible; expected at most one process for each"
+  fi
+  if [ "$gpus" -eq 0 ] && [ "$processes" -gt 4 ] && [ "$processes" -gt $((2 * cores)) ]; then
+    fail "$processes processes asked for, and no GPU and $cores cores here, and each process loads a model of its own; expected at most one for each core"
   fi
   if [ "$processes" -eq 1 ]; then
     if [ "$gpus" -gt 1 ]; then # one process would spread over all of them (DataParallel)
@@ -50,7 +54,6 @@ else
 fi
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # accelerate would set 1
-  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
 echo "starting $processes processes of $module" >&2

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -122,6 +123,17 @@ def test_a_failure_on_several_processes_is_what_the_process_said_with_its_exit_s
     answer = run(checkout / "launch" / "start.sh", "probe", "2", "--config", str(checkout / "run.yaml"))
     assert answer.returncode == 5
     assert answer.stderr == "starting 2 processes of probe\nsorry\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_many_more_processes_than_cores_are_refused(checkout: Path) -> None:
+    answer = run(checkout / "launch" / "start.sh", "probe", "4000", "--config", str(checkout / "run.yaml"))
+    assert answer.returncode == 2
+    assert re.fullmatch(
+        r"error: 4000 processes asked for, and no GPU and \d+ cores here, and each process loads a model of its own; "
+        r"expected at most one for each core\n",
+        answer.stderr,
+    )
 
 
 def test_set_up_answers_at_once_when_it_was_done_and_notices_a_change(checkout: Path) -> None:

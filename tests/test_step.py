@@ -1,6 +1,10 @@
 """The benchmark of a training step: what it writes, and that its cases compute the same losses."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from bench.step import CASES, Sizes, available, main, make_setting, measure, table
 
 KEYS = ["case", "vocab_size", "positions", "hidden_size", "seconds", "peak_bytes_above_model"]
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Sizes(vocab_size=4000, positions=256, hidden_size=16)
 
 
@@ -51,9 +56,49 @@ def test_ligers_cases_are_left_out_without_its_package_or_a_gpu() -> None:
 
 
 def test_a_row_of_the_table_has_its_ratios_to_ce_full_at_the_same_vocabulary() -> None:
-    sizes = {"vocab_size": 7, "positions": 1, "hidden_size": 1}
+    sizes = {"vocab_size": 7, "positions": 1, "hidden_size": 1, "device": "cpu"}
     rows = [
         {"case": "ce_full", **sizes, "seconds": 2.0, "cpu_seconds": 2.0, "peak_bytes_above_model": 4_000_000},
         {"case": "ce_fused", **sizes, "seconds": 1.5, "cpu_seconds": 1.0, "peak_bytes_above_model": 1_000_000},
     ]
     assert table(rows).splitlines()[-1] == "| 7 | ce_fused | 1.500 | 1.000 | 0.50 | 1 MB | 0.25 |"
+
+
+def test_on_a_gpu_the_ratio_of_time_is_of_wall_time() -> None:
+    sizes = {"vocab_size": 7, "positions": 1, "hidden_size": 1, "device": "cuda", "peak_bytes_above_model": 1_000_000}
+    rows = [
+        {"case": "ce_full", **sizes, "seconds": 2.0, "cpu_seconds": 2.0},
+        {"case": "ce_fused", **sizes, "seconds": 1.5, "cpu_seconds": 1.0},
+    ]
+    assert table(rows).splitlines()[-1] == "| 7 | ce_fused | 1.500 | 1.000 | 0.75 | 1 MB | 1.00 |"
+
+
+IN_TRITONS_INTERPRETER = """
+import json
+from bench import step
+
+step.LENGTH = 16
+found = {}
+for case in ("ce_full", "liger_ce", "kd_dense_full", "liger_jsd"):
+    setting = step.make_setting(step.Sizes(vocab_size=3522, positions=32, hidden_size=32))
+    loss = step.CASES[case](setting)()
+    loss.backward()
+    found[case] = [float(loss.detach()), setting.model.lm_head.weight.grad.flatten().tolist()]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton")),
+    reason="liger-kernel and triton are not installed",
+)
+def test_ligers_cases_have_the_loss_and_gradients_of_full_logits() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", IN_TRITONS_INTERPRETER]
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found = {
+        case: [torch.tensor(part) for part in parts] for case, parts in json.loads(done.stdout.splitlines()[-1]).items()
+    }
+    for full, liger in [("ce_full", "liger_ce"), ("kd_dense_full", "liger_jsd")]:
+        for expected, part in zip(found[full], found[liger], strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-8)
