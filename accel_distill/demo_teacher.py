@@ -60,6 +60,8 @@ def train_teacher(
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
     from transformers.utils import logging
 
+    from accel_distill.training_log import use_training_log
+
     logging.disable_progress_bar()  # of writing weights
     set_seed(SEED)
     teacher = LlamaForCausalLM(teacher_config(tokenizer))
@@ -81,7 +83,9 @@ def train_teacher(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more would each get a piece of these 8 blocks
     blocks = pack(documents, tokenizer, block=block)
-    Trainer(teacher, arguments, train_dataset=blocks).train()
+    trainer = Trainer(teacher, arguments, train_dataset=blocks)
+    use_training_log(trainer)
+    trainer.train()
     teacher.save_pretrained(path)
     tokenizer.save_pretrained(path)
 

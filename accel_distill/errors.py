@@ -94,7 +94,11 @@ def say(error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt) and is_main:
         number = _signal_of(error)
         how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-        print(f"{how}; what was published or saved is kept (see the README)", file=sys.stderr, flush=True)
+        print(
+            f"{how}; what was published or saved is kept; docs/resuming.md says how to go on",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def status_of(error: BaseException) -> int:

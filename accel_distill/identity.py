@@ -172,7 +172,9 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _refusal(path: Path, changed: list[str], drifted: list[str]) -> str:
-    """Say what differs, and what to do about each of it."""
+    """Say what differs, and what to do about each of it; not what only follows from another difference."""
+    if not all(sentence.startswith("targets.scale") for sentence in changed):
+        changed = [sentence for sentence in changed if not sentence.startswith("targets.scale")]
     asked = [f"{sentence} ({_advice(sentence)})" for sentence in changed]
     asked += [f"{sentence} (set it back)" for sentence in drifted]
     also = ""

@@ -144,7 +144,9 @@ def read_record(path: Path) -> Record:
     """Read `cache.json` and `ranks.bin`; raise ConfigError where there is no cache, DamagedCache where it is broken."""
     if not os.path.lexists(path / "cache.json"):
         what = "is not a directory" if not path.is_dir() else "holds no cache.json, so it is not a cache"
-        raise ConfigError(f"cache {path}: it {what}; make one with: accelerate launch -m accel_distill.generate")
+        raise ConfigError(
+            f"cache {path}: it {what}; make one with: accelerate launch -m accel_distill.generate --config FILE"
+        )
     with _damage(path / "cache.json", "copy it from where the cache was made, or generate anew under another path"):
         content = parse_json_object(read_regular(path / "cache.json", limit=LARGEST_RECORD))
         for key in ("identity", "numerics", "environment"):

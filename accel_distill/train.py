@@ -182,7 +182,8 @@ def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
             f"{'top-1 agreement':28}{metrics['eval_top1_agreement']:10.2%}",
             f"{'expected calibration error':28}{metrics['eval_ece']:10.2%}",
         ]
-    trained = f"{metrics['train_samples']:,} samples, {metrics['epoch']:.4g} epochs, {metrics['train_runtime']:.0f} s"
+    epochs = f"{metrics['epoch']:.4g} epoch{'s' if metrics['epoch'] != 1 else ''}"
+    trained = f"{metrics['train_samples']:,} samples, {epochs}, {metrics['train_runtime']:.0f} s"
     return "\n".join([*lines, f"trained on {trained}; the student is in {output_dir}"])
 
 
@@ -232,10 +233,20 @@ def _run(trainer: DistillationTrainer) -> dict[str, Any]:
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
     metrics["train_samples_per_second"] *= trainer.train_samples / rows  # the Trainer takes a row for a sample
     if held_out:
-        metrics |= trainer.evaluate()
+        metrics |= _last_evaluation(trainer) or trainer.evaluate()
         metrics["eval_calibration"] = trainer.calibration
     trainer.save_state()
     return metrics
+
+
+def _last_evaluation(trainer: DistillationTrainer) -> dict[str, Any]:
+    """Return what the Trainer has just measured of the weights that are saved; nothing where it has not."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end:
+        return {}
+    entries = (entry for entry in reversed(state.log_history) if "eval_positions" in entry)
+    last = next(entries, {"step": None})
+    return {name: value for name, value in last.items() if name != "step"} if last["step"] == state.global_step else {}
 
 
 def _check_evaluation(arguments: TrainingArguments, held_out: Any) -> None:

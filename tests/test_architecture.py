@@ -32,7 +32,7 @@ FLOORS = {
     "codec": 1,
     "command_line": 1,
     "demo_corpus": 1,
-    "demo_teacher": 1,
+    "demo_teacher": 2,
     "estimate_table": 1,
     "losses": 1,
     "processes": 1,

@@ -103,6 +103,18 @@ def test_training_writes_the_student_its_tokenizer_metrics_and_the_resolved_conf
     assert f"{metrics['eval_kl']:.4f}" in printed and str(tmp_path) in printed
 
 
+def test_an_evaluation_of_the_last_step_is_not_made_again(run: Path, tmp_path: Path) -> None:
+    metrics = train(configured(run, tmp_path / "twice", training={"eval_strategy": "steps", "eval_steps": 2}))
+    log = json.loads((tmp_path / "twice" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "eval_ce" in line] == [2, 4]
+    plain = train(configured(run, tmp_path / "once"))
+    same = [name for name in plain if name.startswith("eval_") and "second" not in name and name != "eval_runtime"]
+    assert {"eval_ce", "eval_ece", "eval_calibration", "eval_samples"} <= set(same)
+    assert {name: metrics[name] for name in same} == {name: plain[name] for name in same}
+    last = [line for line in log if "eval_ce" in line][-1]
+    assert metrics["eval_ce"] == last["eval_ce"] != log[2]["eval_ce"]
+
+
 def test_training_records_with_what_it_ran_and_what_it_read(run: Path, tmp_path: Path) -> None:
     train(configured(run, tmp_path))
     record, cache = read_run_record(tmp_path), TeacherCache(run / "cache")

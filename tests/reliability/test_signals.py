@@ -55,7 +55,7 @@ def test_a_signal_ends_every_rank_in_seconds_with_its_status_and_one_sentence(
             assert time.monotonic() - begun < SECONDS
         place.check_part(cache)
         said = [line for line in run.said(0).splitlines() if words in line or "was stopped by" in line]
-        own = f"{words}; what was published or saved is kept (see the README)"
+        own = f"{words}; what was published or saved is kept; docs/resuming.md says how to go on"
         others = {f"error: rank {rank} was stopped by {number.name}" for rank in range(1, world_size)}  # seen first
         assert len(said) == 1 and said[0] in {own, *others}, run.said(0)
         assert "Traceback" not in "".join(map(run.said, range(world_size)))
