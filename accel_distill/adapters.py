@@ -7,7 +7,9 @@ divided. It costs to load the student once more.
 
 import json
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,14 @@ log = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What must not change between a checkpoint and the run that goes on with it.
 KEPT = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+@contextmanager
+def _without_peft_warnings() -> Iterator[None]:
+    """Keep to ourselves that peft calls transformers by a name that is going to change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+        yield
 
 
 def require_peft() -> None:
@@ -45,7 +55,8 @@ def add_adapters(model: "PreTrainedModel", lora: "LoraSection", *, name: str, re
     settings = lora.model_dump(exclude={"merge"})
     try:
         config = LoraConfig(task_type="CAUSAL_LM", revision=revision, **settings)
-        adapted = get_peft_model(model, config)
+        with _without_peft_warnings():
+            adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"student.lora: {' '.join(str(error).split())}") from error
     # peft keeps the name as it was given, and a relative directory is found from one place only
@@ -78,7 +89,9 @@ def merge_adapters(output_dir: Path, *, load: Callable[[], "PreTrainedModel"]) -
     """Replace the adapters in `output_dir` by the whole student with them merged in; `load` gives it as it was."""
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(load(), str(output_dir)).merge_and_unload()
+    with _without_peft_warnings():
+        merged = PeftModel.from_pretrained(load(), str(output_dir)).merge_and_unload()
     merged.save_pretrained(output_dir)
     for name in ADAPTER_FILES:  # with them, transformers would put the adapters on once more
         (output_dir / name).unlink()
+    (output_dir / "README.md").unlink(missing_ok=True)  # peft's, which describes adapters

@@ -4,13 +4,18 @@ The one decision: a command's module is imported when the command is called, so 
 Cost: the commands' names and one-line descriptions stand here, away from their modules.
 """
 
+import glob
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accel_distill import __version__
 from accel_distill.command_line import GENERATE_FLAGS, OneSentenceParser, parse_flagged
 from accel_distill.errors import ConfigError, exit_with
+
+if TYPE_CHECKING:
+    from accel_distill.config import RunConfig
 
 TEMPLATE = Path(__file__).with_name("run_file.yaml")
 LAUNCHED = ("generate", "train")
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(argv: list[str]) -> int:
-    """Validate a run file and its overrides, and say in one line what it would do."""
+    """Validate a run file and its overrides; say in one line what it would do, and which local paths are not there."""
     arguments = parse_flagged(argv, prog="accel-distill check", flags=GENERATE_FLAGS)  # the launch scripts pass them on
     path, overrides = arguments.config, arguments.overrides
     from accel_distill.config import load_config
@@ -60,7 +65,23 @@ def check(argv: list[str]) -> int:
         f"{path}: valid: teacher {config.teacher.model}, {samples} of {config.dataset.name},"
         f" {config.targets.described}, {into}"
     )
+    for note in _not_here(config):
+        print(f"note: {note} (seen from {Path.cwd()})")
     return 0
+
+
+def _not_here(config: "RunConfig") -> Iterator[str]:
+    """Yield a sentence for each local path that the run file names and that is not there."""
+    models = {"teacher.model": config.teacher.model, "student.model": config.student and config.student.model}
+    for key, name in models.items():
+        if name and name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+            yield f"{key}: there is no directory {name}"
+    files = (
+        [] if "/" in config.dataset.name else config.dataset.data_files or []
+    )  # of a dataset on the hub they are its
+    for pattern in files:
+        if "://" not in pattern and not glob.glob(pattern, recursive=True):
+            yield f"dataset.data_files: there is no file {pattern}"
 
 
 def init(argv: list[str]) -> int:

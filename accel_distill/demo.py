@@ -26,6 +26,7 @@ from accel_distill.errors import ConfigError, RunError, exit_with
 from accel_distill.inspect_cache import inspect_cache
 from accel_distill.report import report as write_report
 from accel_distill.run_file import to_yaml
+from accel_distill.screen import labelled, terminal_width
 
 MAX_LENGTH = 128  # tokens of a sample
 # Models this small gain a tenth from a second thread (20 s to 18 s), and lose a factor of 8 to it (7 s to 59 s) where
@@ -103,11 +104,12 @@ def demo(out: Path, sizes: Sizes) -> None:
         run_command(distil, environment)
     with step(6, "Baseline: the same student, data and steps, with cross-entropy alone"):
         run_command(baseline, environment)
-    say(report(out))
+    for text in report(out).splitlines():
+        say_prose(text)
     page = out / "student" / "report.html"
     write_report(out / "student", page, baseline=out / "baseline")
-    say(f"Curves, calibration and ten positions as text, in a browser: {page}")
-    say(f"\n{time.monotonic() - begun:.0f} s in all. {suggestions(out, generate, distil, samples=sizes.samples)}")
+    say_prose(f"Curves, calibration and ten positions as text, in a browser: {page}")
+    say(f"\n{time.monotonic() - begun:.0f} s in all. {suggestions(out, samples=sizes.samples)}")
 
 
 def run_file(out: Path, sizes: Sizes) -> dict[str, Any]:
@@ -218,15 +220,18 @@ def comparison(distilled: Mapping[str, Any], alone: Mapping[str, Any]) -> list[s
     return lines
 
 
-def suggestions(out: Path, generate: Command, distil: Command, *, samples: int) -> str:
-    """Return where the files are and the commands to go on with."""
+def suggestions(out: Path, *, samples: int) -> str:
+    """Return where the files are and the commands to go on with, which need no launcher for one process."""
     folder = str(Path(sys.executable).parent)
     on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
+    run, student = f"--config {shlex.quote(str(out / 'run.yaml'))}", shlex.quote(str(out / "student"))
+    python, longer = Path(sys.executable).name, shlex.quote(f"training.output_dir={out}/student-10")
     lines = [] if on_path else [f'export PATH={shlex.quote(folder)}:"$PATH"']
     lines += [
         f"accel-distill inspect {shlex.quote(str(out / 'cache'))}",
-        f"{generate} dataset.max_samples={2 * samples}   # adds to the cache",
-        f"{distil} training.num_train_epochs=10 {shlex.quote(f'training.output_dir={out}/student-10')}",
+        f"{python} -m accel_distill.generate {run} dataset.max_samples={2 * samples}   # adds to the cache",
+        f"{python} -m accel_distill.train {run} training.num_train_epochs=10 {longer}",
+        f"accel-distill report {student} --baseline {shlex.quote(str(out / 'baseline'))}",
         "accel-distill init > my-run.yaml   # a run file to fill in, for a teacher and a text of your own",
     ]
     files = "run.yaml (what these commands read), documents.jsonl, teacher/, cache/, student/, baseline/"
@@ -239,12 +244,17 @@ def step(number: int, title: str) -> Iterator[None]:
     say(f"[{number}/6] {title}")
     begun = time.monotonic()
     yield
-    say(f"      {time.monotonic() - begun:.1f} s\n")
+    say(f"      step {number} took {time.monotonic() - begun:.1f} s\n")
 
 
 def say(line: str) -> None:
     """Print a line at once, so that it stays before what a command prints."""
     print(line, flush=True)
+
+
+def say_prose(text: str) -> None:
+    """Print a line of text, broken between words where the terminal is narrower."""
+    say("\n".join(labelled({"": text}, at=0, width=terminal_width(sys.stdout))))
 
 
 def new_directory(out: Path | None) -> Path:

@@ -118,7 +118,7 @@ def _look(config: RunConfig, *, world_size: int) -> tuple[dict[str, Any], np.nda
     """Return what the run is made from and, where documents are split, their pieces; for rank 0."""
     check_parallelism(config.teacher.parallelism, world_size=world_size)
     for unused in _unused_keys(config):
-        log.warning("%s is not used: teacher.mode is online", unused)
+        log.warning("%s", unused)
     model = load_teacher_config(config.teacher)
     check_length(config, model.get_text_config())
     tokenizer = _tokenizer(config)
@@ -158,10 +158,11 @@ def _texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size:
 
 
 def _unused_keys(config: RunConfig) -> Iterator[str]:
-    """Yield what a run file says that an online teacher has no use for."""
+    """Yield a sentence for each thing in a run file that an online teacher has no use for."""
     if config.cache is not None:
-        yield "section cache"
+        yield "section cache is not used: teacher.mode is online"
     if "tokens_per_batch" in config.teacher.model_fields_set:
-        yield "teacher.tokens_per_batch (a batch of the teacher is the student's)"
+        yield "teacher.tokens_per_batch is not used: a batch of an online teacher is the student's"
     if config.targets.method == "dense":
-        yield from (f"targets.{name}" for name in sorted(config.targets.model_fields_set - {"method", "temperature"}))
+        for name in sorted(config.targets.model_fields_set - {"method", "temperature"}):
+            yield f"targets.{name} is not used: targets.method is dense"

@@ -81,6 +81,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     record = data.record(global_batch=samples_of_a_step(arguments, world_size=world.world_size))
     if checkpoint := arguments.resume_from_checkpoint:
         world.from_main(lambda: check_resumable(Path(checkpoint), record))
+        log.info("going on from %s", checkpoint)
     if arguments.deepspeed_plugin is not None:
         join_deepspeed()
     trainer = _make_trainer(data, student, arguments, world)
@@ -100,7 +101,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         world.from_main(lambda: _merge(student, data, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
     if world.is_main:
-        print(summary(metrics, output_dir=arguments.output_dir), flush=True)
+        what = "adapters are" if student.lora is not None and not student.lora.merge else "student is"
+        print(summary(metrics, output_dir=arguments.output_dir, what=what), flush=True)
     trainer.accelerator.end_training()
     return metrics
 
@@ -170,8 +172,8 @@ def _checkpoint(values: dict[str, Any]) -> str | None:
     return wanted or None
 
 
-def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
-    """Return the final metrics as a small table for people."""
+def summary(metrics: dict[str, Any], *, output_dir: str, what: str) -> str:
+    """Return the final metrics as a small table for people; `what` says what is in `output_dir`."""
     lines = []
     if "eval_positions" in metrics:
         lines = [
@@ -183,8 +185,8 @@ def summary(metrics: dict[str, Any], *, output_dir: str) -> str:
             f"{'expected calibration error':28}{metrics['eval_ece']:10.2%}",
         ]
     epochs = f"{metrics['epoch']:.4g} epoch{'s' if metrics['epoch'] != 1 else ''}"
-    trained = f"{metrics['train_samples']:,} samples, {epochs}, {metrics['train_runtime']:.0f} s"
-    return "\n".join([*lines, f"trained on {trained}; the student is in {output_dir}"])
+    trained = f"{epochs} of {metrics['train_samples']:,} samples, {metrics['train_runtime']:.0f} s"
+    return "\n".join([*lines, f"trained for {trained}; the {what} in {output_dir}"])
 
 
 def _make_trainer(

@@ -78,6 +78,8 @@ class Lines(TrainerCallback):
             tqdm.write(HEADER)
         self._count += 1
         tqdm.write(line(logs, step=state.global_step))
+        if (waited := logs.get("data_wait_share", 0)) > LONG_WAIT:
+            tqdm.write(f"{'':7}waited for batches {waited:.0%} of the time since the last line")
         sys.stdout.flush()  # a file is looked at while it grows
 
 
@@ -95,8 +97,6 @@ def line(logs: Mapping[str, Any], *, step: int) -> str:
         text += _cell(logs, "positions_per_second", lambda x: f"{x:,.0f}", width=8)
         text += _cell(logs, "peak_memory_bytes", size, width=8)
     others = [f"{name} {_plain(value)}" for name, value in logs.items() if name not in SHOWN | LEFT_OUT]
-    if (waited := logs.get("data_wait_share", 0)) > LONG_WAIT:
-        others.append(f"waited {waited:.0%} for batches")
     return "  ".join([text, *others])
 
 

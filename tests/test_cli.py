@@ -104,6 +104,19 @@ def test_check_says_in_one_line_what_would_run(run_file: Path) -> None:
     )
 
 
+def test_check_notes_local_paths_that_are_not_there(run_file: Path) -> None:
+    here = run_file.parent
+    (here / "a.jsonl").touch()
+    there = ["teacher.model=./teacher", "dataset.name=json", "dataset.data_files=[b*.jsonl, ./a.jsonl]"]
+    answer = run("check", "--config", "run.yaml", *there, "student.model=/nope", cwd=here)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.splitlines()[1:] == [
+        f"note: teacher.model: there is no directory ./teacher (seen from {here})",
+        f"note: student.model: there is no directory /nope (seen from {here})",
+        f"note: dataset.data_files: there is no file b*.jsonl (seen from {here})",
+    ]
+
+
 def test_check_imports_no_torch(run_file: Path) -> None:
     program = (
         "import sys; from accel_distill.cli import main; "

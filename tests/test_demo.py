@@ -190,6 +190,7 @@ def test_a_quick_demo_goes_the_whole_way_and_prints_what_the_commands_measured(t
     assert distilled["eval_samples"] == demo.QUICK.eval_samples and distilled["eval_teacher_ce"] > 0
     assert distilled["train_samples"] == alone["train_samples"] == demo.QUICK.samples - demo.QUICK.eval_samples
     page = (out / "student" / "report.html").read_text()
+    assert "accel-distill report out/student --baseline out/baseline" in run.stdout
     assert "out/student/report.html" in run.stdout and page.count('<p class="context">') == 10
     assert f"{distilled['eval_kl']:.4f}" in page and f"{alone['eval_kl']:.4f}" in page
     table = run.stdout[run.stdout.index("documents held out") :]
