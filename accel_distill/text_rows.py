@@ -33,6 +33,11 @@ class TextRow(NamedTuple):
     end: int | None = None  # items that the stream has, where it ended before this one
 
 
+def no_row(end: int | None = None) -> TextRow:
+    """Return a row that only fills a batch."""
+    return TextRow(TokenSequence(NO_SAMPLE, 0, np.zeros(0, np.int64)), end)
+
+
 class Texts:
     """A text stream with all that makes rows of it."""
 
@@ -119,7 +124,7 @@ class StreamRows(Dataset):
         texts = {index: text for index in (self._first + item for item in items) for text in self._read(index)}
         rows = {row.sample_index: row for row in self._texts.rows(list(texts.values()), list(texts))}
         end = None if self._end is None else max(0, self._end - self._first)
-        nothing = TextRow(TokenSequence(NO_SAMPLE, 0, np.zeros(0, np.int64)), end)
+        nothing = no_row(end)
         return [TextRow(rows[index]) if (index := self._first + item) in rows else nothing for item in items]
 
     def _read(self, index: int) -> Iterator[str | None]:

@@ -26,6 +26,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from accel_distill.batch_targets import Batch, TargetsOf, Taught, cached_targets, labels_of
 from accel_distill.errors import ConfigError, RunError
+from accel_distill.filled_rows import FilledRows, FilledSampler, filled
 from accel_distill.fused_head import FullLogits, Ran
 from accel_distill.head_probe import fuse_head
 from accel_distill.losses import Objective
@@ -176,8 +177,26 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, StreamRows):
             return SequentialSampler(dataset)
+        if isinstance(dataset, FilledRows):
+            return FilledSampler(self._get_train_sampler(dataset.rows) or SequentialSampler(dataset.rows), dataset)
         sampler = training_sampler(dataset, self.args, epoch=lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the Trainer's loader; of several processes each has whole batches, without repeating a sample."""
+        dataset: Any = self.train_dataset  # type: ignore[has-type]
+        batch, processes = self.args.train_batch_size, self.args.world_size
+        if processes > 1 and not self.args.dataloader_drop_last:
+            self.train_dataset = filled(dataset, multiple=batch * processes)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Count what a loader has to say, without what was only filled in."""
+        dataset = dataloader.dataset
+        return len(dataset.rows) if isinstance(dataset, FilledRows) else super().num_examples(dataloader)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         """Evaluate in the order of the samples, however training is grouped: the Trainer would ask for dicts."""

@@ -92,6 +92,7 @@ FLOORS = {
     "run_warnings": 8,
     "shard_writer": 8,
     "text_rows": 8,
+    "filled_rows": 9,
     "shuffle": 9,
     "text_collator": 9,
     "cached_data": 11,

@@ -156,8 +156,10 @@ def test_the_saved_student_loads_in_plain_transformers_and_has_the_reported_metr
 
 
 def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Path, tmp_path: Path) -> None:
-    expected = train(configured(run, tmp_path / "one"))
-    config = configured(run, tmp_path / "two", training={"per_device_train_batch_size": 2})
+    epochs = {"max_steps": -1, "num_train_epochs": 2}
+    expected = train(configured(run, tmp_path / "one", training=epochs))
+    assert expected["train_samples"] % 4 == 1  # so that in an epoch's last step one process has nothing
+    config = configured(run, tmp_path / "two", training={"per_device_train_batch_size": 2, **epochs})
     (tmp_path / "run.yaml").write_text(resolved_yaml(config))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, "-m", "accel_distill.train", "--config", str(tmp_path / "run.yaml")]
