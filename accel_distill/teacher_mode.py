@@ -24,7 +24,6 @@ OF_A_STREAM: dict[str, tuple[tuple[Any, ...], str]] = {
     "train_sampling_strategy": (("sequential",), "a stream is trained on in its order; leave it out"),
     "dataloader_drop_last": ((False,), "no sample of a stream is left out; leave it out"),
     "ignore_data_skip": ((False,), "a resumed run would train on the samples of before again; leave it out"),
-    "auto_find_batch_size": ((False,), "the samples of a step follow from the batch size; leave it out"),
 }
 
 

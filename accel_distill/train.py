@@ -144,10 +144,11 @@ def training_arguments(values: dict[str, Any], *, has_gpu: bool) -> TrainingArgu
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"section training: {' '.join(str(error).split())}") from error
     loading = arguments.accelerator_config
-    if loading.dispatch_batches or not loading.even_batches:
+    if loading.dispatch_batches or loading.split_batches or not loading.even_batches:
         raise ConfigError(
             "training.accelerator_config: dispatch_batches cannot be true (a batch's flat targets cannot be cut), nor "
-            "even_batches false (processes would wait for each other's missing batches); leave them out"
+            "split_batches (per_device_train_batch_size is of one process here), nor even_batches false (processes "
+            "would wait for each other's missing batches); leave them out"
         )
     return arguments
 

@@ -125,6 +125,10 @@ class DistillationTrainer(Trainer):
             )
         return loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a tensor to the device and keep its dtype: for DeepSpeed the Trainer would round the targets to bf16."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the batches of a step; none, on every process alike, where the stream ended before its first one."""
         batches, positions = super().get_batch_samples(self._waiting(epoch_iterator), num_batches, device)

@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((["labels"],), "the collator names the labels"),
     "label_smoothing_factor": ((0,), "the loss is what section `loss` says"),
     "train_sampling_strategy": (("random", "sequential", BY_LENGTH), "another needs a dataset that is no cache"),
+    "auto_find_batch_size": ((False,), "the samples of a step follow from the batch size, and checkpoints name them"),
     # in early versions of transformers 5
     BY_LENGTH: ((False,), f"it is train_sampling_strategy: {BY_LENGTH}"),
 }

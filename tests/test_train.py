@@ -381,6 +381,7 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], type[RunError], str]] = [
     ),
     ({"training": {"accelerator_config": {"even_batches": False}}}, ConfigError, "even_batches"),
     ({"training": {"accelerator_config": {"dispatch_batches": True}}}, ConfigError, "dispatch_batches"),
+    ({"training": {"accelerator_config": {"split_batches": True}}}, ConfigError, "split_batches"),
     ({"training": {"output_dir": "/dev/null/x"}}, ConfigError, "training.output_dir: /dev/null/x cannot be"),
 ]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -391,3 +392,16 @@ def test_one_process_with_several_gpus_does_not_use_data_parallel(tmp_path: Path
     args._n_gpu = 4  # as transformers sets it on a machine with four
     again = type(trainer)(tiny_llama(), args, data_collator=CachedLogitCollator(pad_token_id=0))
     assert again.args.n_gpu == 1 and again.args.train_batch_size == args.per_device_train_batch_size
+
+
+def test_under_deepspeed_a_batch_keeps_its_float32_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the Trainer's own way would make all floats of a batch bfloat16, as the model's are
+    samples = cached_samples(tiny_llama(spread=0.3), ragged_ids(4))
+    trainer = make_trainer(tmp_path, train=samples)
+    half = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", half, raising=False)
+    trainer.is_deepspeed_enabled = True
+    batch = trainer._prepare_inputs(trainer.data_collator(samples))
+    floats = [name for name, part in batch.items() if part.is_floating_point()]
+    assert floats == ["target_weights", "teacher_entropy", "teacher_logprob"]
+    assert all(batch[name].dtype == torch.float32 for name in floats)

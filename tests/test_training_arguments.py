@@ -118,6 +118,7 @@ def test_what_training_can_use_passes(values: dict[str, Any]) -> None:
         ("packing", "true", "found 'true' (text), expected true or false"),
         ("packing", None, "found null, expected true or false"),
         ("packin", True, "unknown key; did you mean 'packing'?"),
+        ("auto_find_batch_size", True, "the samples of a step follow from the batch size"),
         ("train_sampling_strategy", "batch_rebalance", "expected random or sequential or group_by_length, or no"),
         ("report_to", "tensorbord", "found 'tensorbord' (text); did you mean 'tensorboard'?"),
         ("report_to", ["non"], "did you mean 'none'?"),
