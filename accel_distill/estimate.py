@@ -36,7 +36,7 @@ from accel_distill.projection import (
     speed_up,
     verdict,
 )
-from accel_distill.run_plan import ALTERNATIVES, Plan, from_curves, open_plan, too_large
+from accel_distill.run_plan import ALTERNATIVES, Plan, from_curves, open_plan, samples_there, too_large
 from accel_distill.screen import terminal_width
 from accel_distill.teacher_mode import refuse_without_cache
 
@@ -140,6 +140,7 @@ def _disk(plan: Plan, shard: ShardBytes, *, path: Path) -> dict[str, Any]:
     largest = None
     if answer == "does not fit" and room.left is not None:
         largest = most_samples(lambda n: plan.total(n, shard), there=room.used, room=room.left)
+        largest = largest if largest > samples_there(path) else None  # a cache does not shrink
     each = _per_position(plan, total)
     return {
         "bytes_per_position": each,

@@ -127,10 +127,13 @@ def from_curves(config: RunConfig) -> tuple[ShardBytes, dict[tuple[Method, float
 def too_large(path: Path, needed: float, room: Room, *, what: str) -> str:
     """Say that a cache does not fit, and what to do."""
     quota = "" if room.max_bytes is None else f", cache.max_bytes {size(room.max_bytes)}"
+    instead = "name a larger disk with cache.path"
+    if room.max_bytes is not None and room.left is not None and room.left == room.max_bytes - room.used:
+        instead = "raise cache.max_bytes"
     return (
         f"cache {path}: {what} {size(needed)} are still to be written, and there is room for "
         f"{size(max(0, room.left or 0))} ({size(room.reserve)} of its disk stay free: cache.min_free_disk{quota}); "
-        "lower dataset.max_samples, raise targets.threshold, or name a larger disk with cache.path"
+        f"lower dataset.max_samples, raise targets.threshold, or {instead}"
     )
 
 
@@ -140,7 +143,7 @@ def refuse_what_cannot_fit(config: RunConfig, *, processes: int) -> None:
     Where there is no room at all, or nothing is known of it, that is left to the disk guard.
     """
     cache, dataset = config.cache, config.dataset
-    there = _samples_there(cache.path)
+    there = samples_there(cache.path)
     if there and (dataset.max_samples is None or there >= NEARLY * dataset.max_samples):
         return
     room = DiskSpace(cache.path, min_free=cache.min_free_disk, max_bytes=cache.max_bytes).room()
@@ -168,7 +171,7 @@ def _refuse_above(room: Room, least: float, path: Path) -> None:
         )
 
 
-def _samples_there(path: Path) -> int:
+def samples_there(path: Path) -> int:
     """Return how many samples the shards of a cache hold."""
     if not (path / "cache.json").is_file() or not (path / "shards").is_dir():
         return 0

@@ -164,7 +164,9 @@ def _checkpoint(values: dict[str, Any]) -> str | None:
     last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if wanted is True:
         if last is None:
-            raise ConfigError(f"training.resume_from_checkpoint is true, but {output_dir} holds no checkpoint")
+            raise ConfigError(
+                f"training.resume_from_checkpoint is true, but {output_dir} holds no checkpoint; leave it out to begin"
+            )
         return last
     if isinstance(wanted, str) and not Path(wanted).is_dir():
         raise ConfigError(f"training.resume_from_checkpoint: there is no directory {wanted}")

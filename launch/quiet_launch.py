@@ -25,6 +25,12 @@ def main() -> int:
         return as_status(error.returncode)
     except SignalException as error:
         return 128 + error.sigval
+    except ImportError as error:  # of DeepSpeed, which the configuration asks for
+        reason = " ".join(str(error).split())
+        print(
+            f"error: {reason} (launch/setup.sh deepspeed, or pip install 'accel-distill[deepspeed]')", file=sys.stderr
+        )
+        return 2
     return 0
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv in this checkout and install the package into it, with the versions of constraints.txt.
-#   launch/setup.sh [EXTRA]         EXTRA: test, deepspeed or tensorboard
+#   launch/setup.sh [EXTRA]         EXTRA: test, deepspeed, lora or tensorboard
 # Run again, it answers at once, until setup.cfg or the constraints change.
 set -euo pipefail
 

@@ -168,7 +168,9 @@ def test_a_cache_that_is_there_needs_no_more_room(config: Callable[..., RunConfi
     assert found["cache_bytes_now"] == all_bytes(run.cache.path)
     assert found["verdict"] in ("fits", "tight") or found["total_bytes"]["mid"] > found["max_bytes"]
     larger = estimate(config(dataset={"max_samples": 500}, cache=full), probe=8, processes=1)
-    assert larger["verdict"] == "does not fit"
+    assert larger["verdict"] == "does not fit" and "raise cache.max_bytes" in larger["advice"]
+    less = estimate(config(dataset={"max_samples": 500}, cache={"max_bytes": "100KB"}), probe=8, processes=1)
+    assert less["verdict"] == "does not fit" and less["largest_max_samples"] is None  # a cache does not shrink
     assert "bytes and time are those of the whole cache, also of what is there already" in larger["assumptions"]
 
 

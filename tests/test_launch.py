@@ -136,6 +136,24 @@ def test_without_a_gpu_many_more_processes_than_cores_are_refused(checkout: Path
     )
 
 
+def test_deepspeed_that_is_not_installed_is_one_sentence(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
+    )
+    arguments = ["probe", "2", "--config", str(checkout / "run.yaml")]
+    zero2 = str(ROOT / "configs" / "accelerate" / "zero2.yaml")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    answer = run(checkout / "launch" / "start.sh", *arguments, ACCELERATE_CONFIG=zero2, PYTHONPATH=path)
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].startswith("error: DeepSpeed is not installed")
+    assert answer.stderr.splitlines()[-1].endswith(
+        "(launch/setup.sh deepspeed, or pip install 'accel-distill[deepspeed]')"
+    )
+    assert "Traceback" not in answer.stderr
+
+
 def test_set_up_answers_at_once_when_it_was_done_and_notices_a_change(checkout: Path) -> None:
     shutil.copy(ROOT / "setup.cfg", checkout)
     shutil.copy(ROOT / "pyproject.toml", checkout)
