@@ -77,7 +77,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 
 def as_text(runs: Sequence[Run], found: dict[str, Any]) -> str:
     """Return the same for people."""
-    lines = [f"{held_out(runs[0])}; * is the best", *by_run(runs)]
+    lines = [f"{held_out(runs)}; * is the best", *by_run(runs)]
     if teacher := teacher_cell(MEASURES[0], runs[0]):
         lines.append(f"the teacher's {MEASURES[0].title}: {teacher}")
     for key, values in found["differences"].items():

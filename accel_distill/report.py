@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accel_distill.sample_positions import Selection
 
 FILE = "report.html"
+ONLINE = "the teacher was online (teacher.mode), so the run has no cache."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,8 +86,9 @@ def report(
         run, other = (
             replace_fields(each, name=name) for each, name in zip((run, read_run(baseline)), names, strict=True)
         )
-    place = cache or _cache_path(run)
-    found, cache_note = _inspected(run, place)
+    is_online = section(run.settings, "teacher").get("mode") == "online"
+    place = None if is_online else cache or _cache_path(run)
+    found, cache_note = ({}, ONLINE) if is_online else _inspected(run, place)
     selection, selection_note = _selected(run, place if found else None, with_samples=with_samples)
     sentences = warnings(run, cache=found) + (beside_baseline(run, other) if other else [])
     findings = Findings(

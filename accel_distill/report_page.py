@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from accel_distill.sample_positions import Selection
 
 VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}  # in tokens, where a reader has to see them
+# In any text: control characters, which no page may have, and those that turn the direction of what follows.
+CONTROLS = {number: chr(0x2400 + number) for number in range(32) if chr(number) not in VISIBLE} | {0x7F: "␡"}
+CONTROLS |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def report_page(run: Run, baseline: Run | None, findings: Findings) -> str:
         findings=findings,
         headline=[_headline(measure, runs) for measure in MEASURES if measure.best],
         rows=[(measure, row(measure, runs), teacher_cell(measure, run)) for measure in MEASURES],
-        held_out=held_out(run),
+        held_out=held_out(runs),
         plots=[_safe(plot) for plot in plots(runs)],
         evaluated_once=evaluated_once(runs),
         calibration=_calibration(runs),
@@ -71,7 +74,7 @@ def compare_page(runs: Sequence[Run], warnings: Sequence[str]) -> str:
         measures=MEASURES,
         columns=[row(measure, runs) for measure in MEASURES],
         teacher=[teacher_cell(measure, runs[0]) for measure in MEASURES],
-        held_out=held_out(runs[0]),
+        held_out=held_out(runs),
         plots=[_safe(plot) for plot in plots(runs)],
         evaluated_once=evaluated_once(runs),
         differences=setting_differences(runs),
@@ -84,7 +87,7 @@ def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"token": visible, "width": percent_width}
+    environment.filters |= {"token": visible, "printable": printable, "width": percent_width}
     return environment.get_template(template).render(version=__version__, colours=charts.RUN_COLOURS, **values)
 
 
@@ -95,12 +98,18 @@ def percent_width(share: float) -> str:
 
 def visible(text: str) -> Markup:
     """Return a token as HTML in which spaces at its ends, and line ends, can be seen."""
+    text = printable(text)
     inner = text.strip(" ")
     before = len(text) - len(text.lstrip(" "))
     marked = _marked("·" * before) + inner + _marked("·" * (len(text) - before - len(inner)))
     for character, shown in VISIBLE.items():
         marked = marked.replace(character, _marked(shown))
     return marked
+
+
+def printable(text: str) -> str:
+    """Return a text with signs in place of characters that a page cannot show."""
+    return text.translate(CONTROLS)
 
 
 def _marked(text: str) -> Markup:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from accel_distill.errors import ConfigError
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
@@ -106,7 +106,8 @@ def calibration_bins(run: Run) -> list[tuple[float, float, float]]:
     if len({len(column) for column in known}) != 1 or len(known) < len(columns):
         return []
     rows = list(zip(*known, strict=True))
-    return rows if any(row[0] for row in rows) else []
+    are_numbers = all(_is_number(value) for row in rows for value in row)
+    return rows if are_numbers and any(row[0] for row in rows) else []
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -132,7 +133,11 @@ def section(values: Values, *names: str) -> Values:
 def number(values: Values, name: str) -> float | None:
     """Return a number of a mapping, which may be NaN or infinite; None where it is not there or something else."""
     value = values.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return value if _is_number(value) else None
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _state_file(path: Path, missing: list[str]) -> Path:

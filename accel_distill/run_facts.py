@@ -92,7 +92,10 @@ def _text(run: Run) -> Facts:
 def _targets(run: Run) -> Facts:
     made, said = section(run.identity, "targets"), section(run.settings, "targets")
     if made:
-        return [("method", f"{made.get('method')} {made.get('parameter'):g}"), *_named(made, ("temperature", "seed"))]
+        return [
+            ("method", f"{made.get('method')} {_text_of(made.get('parameter'))}".rstrip()),
+            *_named(made, ("temperature", "seed")),
+        ]
     method = said.get("method")
     key = {"threshold": "threshold", "top_k": "top_k", "random": "draws"}.get(str(method))
     return _named(said, ("method", *([key] if key else []), "temperature", "seed"))
@@ -114,12 +117,13 @@ def _cache(run: Run) -> Facts:
 def _training(run: Run) -> Facts:
     asked = section(run.settings, "training")
     epochs, seconds = number(run.state, "epoch"), run.number("train_runtime")
-    positions = run.positions_seen[1]
+    counted, positions = run.positions_seen
+    until = f" up to step {counted[-1]:,}" if counted and counted[-1] < run.step else ""
     return [
         ("began", _text_of(run.record.get("started"))),
         ("steps", f"{run.step:,}"),
         ("epochs", "" if epochs is None else f"{epochs:.4g}"),
-        ("positions seen", _count(positions[-1]) if positions else ""),
+        ("positions seen", f"{positions[-1]:,.0f}{until}" if positions else ""),
         ("wall time", "" if seconds is None else duration(seconds)),
         *_named(asked, [key for key in asked if key != "output_dir"]),
     ]
@@ -128,10 +132,11 @@ def _training(run: Run) -> Facts:
 def _machine(run: Run) -> Facts:
     machine = section(run.record, "machine")
     memory, cores = number(machine, "memory_bytes"), number(machine, "cores")
-    gpus = machine.get("gpus")
-    names = [f"{gpu.get('name')}, {size(number(gpu, 'memory_bytes') or 0)}" for gpu in gpus or [] if gpu]
+    found = machine.get("gpus")
+    gpus = [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
+    names = [f"{gpu.get('name')}, {size(number(gpu, 'memory_bytes') or 0)}" for gpu in gpus]
     return [
-        ("GPUs", ("; ".join(names) or "none") if isinstance(gpus, list) else ""),
+        ("GPUs", ("; ".join(names) or "none") if isinstance(found, list) else ""),
         ("processor", _text_of(machine.get("processor"))),
         ("cores", _count(cores)),
         ("memory", "" if memory is None else size(memory)),

@@ -42,13 +42,17 @@ class Cell:
 
 
 def row(measure: Measure, runs: Sequence[Run]) -> list[Cell]:
-    """Return one measure of each run; the best is marked, where there are several that differ."""
+    """Return one measure of each run; the best is marked, of those evaluated on as much as the first that differ."""
     values = [run.number(measure.key) for run in runs]
-    finite = [value for value in values if value is not None and math.isfinite(value)]
+    alike = [place for place, run in enumerate(runs) if _evaluated_on(run) == _evaluated_on(runs[0])]
+    finite = [value for place in alike if (value := values[place]) is not None and math.isfinite(value)]
     best = None
     if measure.best and len(finite) > 1 and min(finite) != max(finite):
         best = min(finite) if measure.best == "lowest" else max(finite)
-    return [Cell("" if value is None else measure.form.format(value), value == best is not None) for value in values]
+    return [
+        Cell("" if value is None else measure.form.format(value), value == best is not None and place in alike)
+        for place, value in enumerate(values)
+    ]
 
 
 def teacher_cell(measure: Measure, run: Run) -> str:
@@ -59,11 +63,9 @@ def teacher_cell(measure: Measure, run: Run) -> str:
 
 def by_measure(runs: Sequence[Run]) -> list[str]:
     """Return a line for each measure, a column for each run, and the teacher's."""
-    lines = [
-        " ".join(
-            [f"{held_out(runs[0]):40}", *(f"{name[-16:]:>16}" for name in (*(run.name for run in runs), "teacher"))]
-        )
-    ]
+    said, names = held_out(runs), (*(run.name for run in runs), "teacher")
+    lines = [said] if len(said) > 40 else []  # too long to stand before the names
+    lines.append(" ".join([f"{'' if lines else said:40}", *(f"{name[-16:]:>16}" for name in names)]))
     for measure in MEASURES:
         cells = [_marked(cell) for cell in row(measure, runs)]
         cells.append(teacher_cell(measure, runs[0]))
@@ -83,8 +85,21 @@ def by_run(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def held_out(run: Run) -> str:
-    """Say what the figures were measured on."""
+def held_out(runs: Sequence[Run]) -> str:
+    """Say what the figures were measured on, by the names of the runs where that is not one thing."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(_held_out(run), []).append(run.name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{said} ({', '.join(which)})" for said, which in names.items())
+
+
+def _evaluated_on(run: Run) -> tuple[float | None, float | None]:
+    return run.number("eval_samples"), run.number("eval_positions")
+
+
+def _held_out(run: Run) -> str:
     samples, positions = run.number("eval_samples"), run.number("eval_positions")
     if not positions:
         return "nothing was evaluated"

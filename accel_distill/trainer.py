@@ -157,18 +157,23 @@ class DistillationTrainer(Trainer):
         return self._planned if self._stream_end is None else self._stream_end
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; beside the training loss what its positions cost since the last time, whatever the weights."""
+        """Log; beside the training loss what its positions cost since the last time, whatever the weights.
+
+        So has the last entry of a training: its steps need not be a multiple of logging_steps.
+        """
         self._check_losses()
-        if "loss" in logs:  # on every process alike
+        if "loss" in logs or "train_runtime" in logs:  # on every process alike
             counted = torch.cat([self._since_log, self._since_log.new_tensor([self._waited])])
             *sums, positions, waited = self.accelerator.reduce(counted, reduction="sum").tolist()
             self._since_log.zero_()
-            logs |= {
-                name: total / max(positions, 1)
-                for name, total in zip(("kd", "ce", "kl", "teacher_ce"), sums, strict=True)
-            }
+            if "loss" in logs or positions:
+                means = [total / max(positions, 1) for total in sums]
+                logs = logs | dict(
+                    zip(("kd", "ce", "kl", "teacher_ce"), means, strict=True)
+                )  # the given ones are returned
+                logs["positions"] = int(positions)  # since the last time
+        if "loss" in logs:
             now = time.perf_counter()
-            logs["positions"] = int(positions)  # since the last time
             seconds = max(now - (self._clock or now), 1e-9)
             logs["positions_per_second"] = positions / seconds
             logs["data_wait_share"] = waited / self.args.world_size / seconds

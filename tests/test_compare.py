@@ -73,6 +73,19 @@ def test_runs_on_other_held_out_samples_are_said_not_to_be_comparable(
     assert sentence in (tmp_path / "page.html").read_text()
 
 
+def test_the_best_is_one_of_those_that_were_evaluated_on_the_same(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"eval_samples": 8, "eval_positions": 300, "eval_ece": 0.0001}
+    few = make_run(tmp_path / "few", results=results)
+    assert main([*runs, str(few), "--output", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "0.01%" in printed and "0.01%*" not in printed
+    name = f"{tmp_path.name}/kd"
+    said = f"50 samples held out, 20,000 positions ({name}, ce, old/kd); 8 samples held out, 300 positions (few)"
+    assert f"{said}; * is the best" in printed and said in (tmp_path / "page.html").read_text()
+
+
 def test_names_and_settings_are_escaped(tmp_path: Path) -> None:
     evil = make_run(tmp_path / "<img src=x>", settings={"training": {"run_name": "<script>alert(1)</script>"}})
     plain = make_run(tmp_path / "plain")

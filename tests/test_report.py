@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_run import make_run
@@ -16,7 +17,7 @@ from accel_distill import report as command
 from accel_distill.config import RunConfig
 from accel_distill.generate import generate
 from accel_distill.report import main, report
-from accel_distill.report_page import visible
+from accel_distill.report_page import printable, visible
 from accel_distill.run_directory import calibration_bins, read_run
 from accel_distill.train import train
 
@@ -229,6 +230,35 @@ def test_a_run_without_a_cache_section_is_no_crash(tmp_path: Path) -> None:
     lines = report(run, tmp_path / "page.html")
     assert "the run file names no cache." in Page((tmp_path / "page.html").read_text()).text
     assert lines[-1] == f"report: {tmp_path / 'page.html'}"
+
+
+def test_a_run_with_an_online_teacher_shows_no_cache_that_its_run_file_happens_to_name(
+    made: Path, tmp_path: Path
+) -> None:
+    settings = {"teacher": {"model": "org/teacher", "mode": "online"}, "cache": {"path": str(made / "cache")}}
+    run = make_run(tmp_path / "run", record={"cache": None}, state={"stateful_callbacks": {}}, settings=settings)
+    lines = report(run, tmp_path / "page.html")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert text.count("the teacher was online (teacher.mode), so the run has no cache.") == 2
+    assert "The cache now has" not in text and not any("cache now has" in line for line in lines)
+
+
+def test_control_characters_are_shown_as_signs() -> None:
+    assert visible("a\x00\x1b[0m\x85\u202e\x7f") == "a␀␛[0m\ufffd\ufffd␡"
+    assert printable("one\ntwo\t\x08 🎉 שלום") == "one\ntwo\t␈ 🎉 שלום"
+
+
+@pytest.mark.parametrize("gpus", [["H100"], 5, [None]])
+def test_facts_of_an_unexpected_kind_are_left_out(tmp_path: Path, gpus: Any) -> None:
+    targets = {"method": "threshold", "parameter": None}
+    record = {"machine": {"gpus": gpus}, "cache": {"cache_id": "c" * 64, "identity": {"targets": targets}}}
+    report(make_run(tmp_path / "run", record=record), tmp_path / "page.html")
+    assert "threshold" in Page((tmp_path / "page.html").read_text()).text
+
+
+def test_positions_that_were_not_logged_to_the_last_step_are_said_to_end_earlier(tmp_path: Path) -> None:
+    report(make_run(tmp_path / "run", state={"global_step": 103}), tmp_path / "page.html")
+    assert "20,000 up to step 100" in Page((tmp_path / "page.html").read_text()).text
 
 
 @pytest.mark.parametrize(

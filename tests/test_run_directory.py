@@ -59,7 +59,8 @@ def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(tmp_path: Pat
 def test_bins_that_are_not_three_lists_of_one_length_are_not_known(tmp_path: Path) -> None:
     assert calibration_bins(read_run(make_run(tmp_path / "a"))) == [(10_000, 0.2, 0.25), (0, 0, 0), (10_000, 0.9, 0.85)]
     wrong = {"positions": [1, 2], "confidence": [0.5], "accuracy": [0.5, 0.1]}
-    for number_, bins in enumerate((wrong, [], {"positions": [0], "confidence": [0.0], "accuracy": [0.0]})):
+    others = [{"positions": [5], "confidence": [0.5], "accuracy": [value]} for value in (None, "0.5")]
+    for number_, bins in enumerate((wrong, [], {"positions": [0], "confidence": [0.0], "accuracy": [0.0]}, *others)):
         run = read_run(make_run(tmp_path / str(number_), results={"eval_calibration": bins}))
         assert calibration_bins(run) == []
 

@@ -134,6 +134,18 @@ def test_training_records_with_what_it_ran_and_what_it_read(run: Path, tmp_path:
     assert len(positions) == 4 and sum(positions) == pytest.approx(4 * 4 * 18, rel=0.5)
 
 
+def test_the_log_covers_the_last_steps_although_they_are_fewer_than_logging_steps(run: Path, tmp_path: Path) -> None:
+    found = []
+    for every in (1, 3, 10):
+        training = {"logging_steps": every, "data_seed": 1}
+        metrics = train(configured(run, tmp_path / str(every), training=training))
+        assert "positions" not in metrics and "kd" not in metrics
+        log = json.loads((tmp_path / str(every) / "trainer_state.json").read_text())["log_history"]
+        lines = [(line["step"], line["positions"]) for line in log if "positions" in line]
+        found.append((lines[-1][0], sum(count for _, count in lines)))
+    assert found[0][0] == 4 and found[0] == found[1] == found[2]
+
+
 def test_the_saved_student_loads_in_plain_transformers_and_has_the_reported_metrics(run: Path, tmp_path: Path) -> None:
     metrics = train(configured(run, tmp_path, loss={"kd_weight": 0.5, "ce_weight": 0.5}))
     student = AutoModelForCausalLM.from_pretrained(tmp_path)
