@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH = 5.0  # inches of 72 units: on a telephone about as many pixels
 HEIGHT = 2.7
+FEW = 20  # positions of a bin below which its accuracy is hardly more than chance
 RUN_COLOURS = 8  # variables --run-0 to --run-7 of the page
 INK, FAINT, GRID, FLOOR = "#010101", "#020202", "#030303", "#040404"
 STAND_INS = {INK: "--ink", FAINT: "--faint", GRID: "--grid", FLOOR: "--floor"}
@@ -98,18 +99,25 @@ def curves(
 
 
 def calibration(title: str, diagrams: Sequence[Bins]) -> str:
-    """Return accuracy over confidence, and below it the share of the first one's positions in each bin."""
+    """Return accuracy over confidence, and below it the share of the first one's positions in each bin.
+
+    Bins of fewer than `FEW` positions are dots beside the curve.
+    """
     with _style(title):
         figure = _figure(3.9)
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color=FLOOR, linewidth=1, linestyle=(0, (4, 3)))
         for number, bins in enumerate(diagrams):
-            colour, points = _colour(number), [(x, y) for count, x, y in bins if count]
+            colour, points = _colour(number), [(x, y) for count, x, y in bins if count >= FEW]
+            few = [(x, y) for count, x, y in bins if 0 < count < FEW]
             for x, y in points if number == 0 else []:
                 axes.plot([x, x], [x, y], color=colour, linewidth=2, alpha=0.35)
             face = colour if number == 0 else "none"
             style: dict[str, Any] = {"marker": "o", "markersize": 5, "markerfacecolor": face, "linewidth": 1.3}
-            axes.plot(*zip(*points, strict=True), color=colour, **style)
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, **style)
+            if few:
+                axes.plot(*zip(*few, strict=True), color=colour, linestyle="none", marker="o", markersize=2.5)
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that was right")
         counts = [count for count, *_ in diagrams[0]]
         middles = [(place + 0.5) / len(counts) for place in range(len(counts))]

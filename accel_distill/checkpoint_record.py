@@ -6,6 +6,7 @@ over other samples than those that are left; so each is refused with both values
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,25 @@ class OnlineRecord:
 
 
 class CheckpointRecord(TrainerCallback, ExportableState):
-    """Puts a `DataRecord` or an `OnlineRecord` into every checkpoint."""
+    """Puts a `DataRecord` or an `OnlineRecord` into every checkpoint, and how long training took until then."""
 
     def __init__(self, **record: Any) -> None:
         """Take the fields of a record."""
         self.record = record
+        self.seconds_before = 0.0  # that training took until the checkpoint from which it went on
+        self._begun = time.monotonic()
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes."""
-        return {"args": self.record, "attributes": {}}
+        seconds = self.seconds_before + time.monotonic() - self._begun
+        return {"args": self.record, "attributes": {"seconds": seconds}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Make room for the record in the state that came from a checkpoint of an older version."""
+        """Take up the time so far; make room for the record in a checkpoint's state of an older version."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict) and state.global_step:
+            self.seconds_before = float(saved.get("attributes", {}).get("seconds", 0.0))
+        self._begun = time.monotonic()
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
 

@@ -142,6 +142,7 @@ def _calibration(runs: Sequence[Run]) -> dict[str, Any] | None:
         "svg": Markup(charts.calibration(title, diagrams)),
         "ece": said,
         "bins": len(diagrams[0]),
+        "few": charts.FEW,
         "rows": _bin_rows(diagrams[0]),
     }
 
@@ -175,7 +176,7 @@ def _cache(found: Values) -> dict[str, Any] | None:
         ("bytes", f"{size(found['bytes'])} in {found['shards']:,} shards"),
         (
             "ids a position",
-            f"{found['ids_per_position']:.2f} ({found['head_ids_per_position']:.2f} exact, "
+            f"{found['ids_per_position']:.2f} ({found['head_ids_per_position']:.2f} kept, "
             f"{found['tail_ids_per_position']:.2f} drawn)",
         ),
     ]

@@ -15,6 +15,7 @@ from accel_distill.run_directory import Run, Values, number, section
 FEW_POSITIONS = 10_000  # held out: below, top-1 agreement is known to about a point
 RISES = 0.01  # of the loss, from one fifth of the run to the next
 WORSE = 0.005  # of a held-out loss: less is what evaluations differ by anyway
+OTHER_LENGTH = 0.01  # of the epochs
 DATA_KEYS = (  # of the run file: where no cache says what was trained on
     "teacher.model",
     "teacher.revision",
@@ -46,6 +47,9 @@ def beside_baseline(run: Run, baseline: Run) -> list[str]:
             f"The student is calibrated worse than the baseline: its expected calibration error is {ours:.2%}, the "
             f"baseline's {theirs:.2%}."
         )
+    ours, theirs = number(run.state, "epoch"), number(baseline.state, "epoch")
+    if ours and theirs and abs(ours - theirs) > OTHER_LENGTH * max(ours, theirs):
+        sentences.append(f"The run went over its samples {ours:.4g} times, the baseline {theirs:.4g} times.")
     return [*sentences, *not_comparable([run, baseline])]
 
 

@@ -2,8 +2,8 @@
 
 The one decision: the student is run on the CPU over the beginnings of a few held-out samples, and of all their
 positions ten are shown that are spread evenly over the ranks of their divergence, from the nearest to the farthest. The
-divergence is that of the teacher's exact ids with one bucket for all others: a lower bound of the KL that no sampling
-disturbs.
+divergence is that of the ids that the teacher always keeps with one bucket for all others: a lower bound of the KL,
+which no sampling of the tail disturbs.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from accel_distill.cache import CachedSample, TeacherCache
+from accel_distill.codec import weight_scale
 from accel_distill.errors import ConfigError
 from accel_distill.targets import SparseTargets
 from accel_distill.tokens import load_tokenizer
@@ -68,6 +69,7 @@ class Selection:
     of_samples: int
     tokens: int  # of each sample, at most
     temperature: float
+    rounding: str  # of the teacher's probabilities, in a sentence; empty: none to speak of
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,16 @@ def sample_positions(student: Path, cache: TeacherCache, *, eval_samples: int, s
     ranks = np.unique(np.linspace(0, len(ordered) - 1, shown).round().astype(int)).tolist()
     tokenizer = load_tokenizer(cache.tokenizer_path)
     positions = [_described(model, tokenizer, cache, ordered[rank], rank) for rank in ranks]
-    return Selection(positions, len(ordered), len(items), TOKENS, cache.temperature)
+    return Selection(positions, len(ordered), len(items), TOKENS, cache.temperature, _rounding(cache))
+
+
+def _rounding(cache: TeacherCache) -> str:
+    if cache.method == "random":
+        return f"The teacher's are shares of {cache.parameter:g} draws."
+    if cache.method == "top_k":
+        return ""
+    steps = weight_scale(cache.method, cache.parameter)
+    return f"The teacher's are whole steps of 1/{steps}, rounded up or down at random so that their mean is exact."
 
 
 def bucket_divergence(targets: SparseTargets, logprobs: Tensor) -> Tensor:
@@ -155,7 +166,7 @@ def _described(
     target = sample.targets.position_slice(found.target, found.target + 1)
     _, ids, weights = target.entries()
     heads, shown = int(target.head_count), before[-CONTEXT:].tolist()
-    order = sorted(range(len(ids)), key=lambda place: (place >= heads, -float(weights[place])))[:TOP]
+    order = sorted(range(len(ids)), key=lambda place: (-float(weights[place]), place >= heads))[:TOP]
     best = logprobs.topk(min(TOP, len(logprobs)))
 
     def choice(token: int, probability: float, *, is_drawn: bool = False) -> Choice:

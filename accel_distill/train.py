@@ -87,7 +87,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     trainer = _make_trainer(data, student, arguments, world)
     if checkpoint:
         world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
-    trainer.add_callback(CheckpointRecord(**asdict(record)))
+    in_checkpoints = CheckpointRecord(**asdict(record))
+    trainer.add_callback(in_checkpoints)
     use_training_log(trainer)
     distributed_type = trainer.accelerator.distributed_type.value
     check_backend(os.environ, distributed_type=distributed_type)
@@ -96,7 +97,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         replace(resolved_yaml(config).encode(), output_dir / "run.yaml", scratch=output_dir)
         how = {"world_size": world.world_size, "distributed_type": distributed_type}
         write_run_record(output_dir, run_record(trainer.model, data.cache, full_logits=trainer.full_logits, **how))
-    metrics = _run(trainer) | {"world_size": world.world_size, "distributed_type": distributed_type}
+    metrics = _run(trainer, in_checkpoints) | {"world_size": world.world_size, "distributed_type": distributed_type}
     if student.lora is not None and student.lora.merge:
         world.from_main(lambda: _merge(student, data, arguments))
     trainer.save_metrics("all", metrics, combined=False)  # all_results.json, without what an older run left
@@ -189,6 +190,8 @@ def summary(metrics: dict[str, Any], *, output_dir: str, what: str) -> str:
         ]
     epochs = f"{metrics['epoch']:.4g} epoch{'s' if metrics['epoch'] != 1 else ''}"
     trained = f"{epochs} of {metrics['train_samples']:,} samples, {metrics['train_runtime']:.0f} s"
+    if before := metrics["train_runtime_before"]:
+        trained += f" ({before:.0f} s of them before the checkpoint)"
     return "\n".join([*lines, f"trained for {trained}; the {what} in {output_dir}"])
 
 
@@ -229,14 +232,16 @@ def _merge(student: StudentConfig, data: Data, arguments: TrainingArguments) -> 
         )
 
 
-def _run(trainer: DistillationTrainer) -> dict[str, Any]:
-    """Train, save the student, evaluate it; return what was measured."""
+def _run(trainer: DistillationTrainer, in_checkpoints: CheckpointRecord) -> dict[str, Any]:
+    """Train, save the student, evaluate it; return what was measured, the time with that before a checkpoint."""
     with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
     metrics["train_samples_per_second"] *= trainer.train_samples / rows  # the Trainer takes a row for a sample
+    metrics["train_runtime"] += in_checkpoints.seconds_before
+    metrics["train_runtime_before"] = in_checkpoints.seconds_before
     if held_out:
         metrics |= _last_evaluation(trainer) or trainer.evaluate()
         metrics["eval_calibration"] = trainer.calibration

@@ -22,6 +22,16 @@ def some_plots() -> list[str]:
     return [some_curves(), calibration("ECE", [bins, bins]), histogram("ids", [0, 1, 2, 3], [5, 9, 1], mean=1.2)]
 
 
+def test_a_bin_of_few_positions_is_a_dot_beside_the_curve_and_not_a_part_of_it() -> None:
+    many = [(100, 0.1, 0.2), (100, 0.5, 0.5), (100, 0.9, 0.8)]
+    alone = calibration("ECE", [many])
+    beside = calibration("ECE", [[many[0], (3, 0.5, 0.0), many[2]]])
+    points = [re.findall(r'<path d="(M [^"]*)"', svg) for svg in (alone, beside)]
+    longest = [max(path.count("L") for path in paths if "z" not in path and "C" not in path) for paths in points]
+    assert longest == [2, 1]
+    assert calibration("ECE", [[(3, 0.5, 0.0)]])  # no curve at all
+
+
 @pytest.mark.parametrize("svg", some_plots())
 def test_a_plot_is_one_labelled_element_in_the_colours_and_font_of_the_page(svg: str) -> None:
     root = ET.fromstring(svg)

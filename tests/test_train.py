@@ -279,12 +279,16 @@ def test_distillation_and_the_ce_baseline_both_learn_what_they_are_asked_to(run:
     assert kd["eval_kl"] < ce["eval_kl"]
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
-    train(configured(run, tmp_path / "whole", training=saving))
+    assert train(configured(run, tmp_path / "whole", training=saving))["train_runtime_before"] == 0
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     resumed = saving | {"resume_from_checkpoint": checkpoint}
-    train(configured(run, tmp_path / "resumed", training=resumed))
+    metrics = train(configured(run, tmp_path / "resumed", training=resumed))
+    assert 0 < metrics["train_runtime_before"] < metrics["train_runtime"]  # of all steps, and not of the last ones
+    assert "s of them before the checkpoint); the student is in" in capsys.readouterr().out
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     halfway = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
     again = load_file(tmp_path / "resumed" / "model.safetensors")
