@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from layout_run import deepspeed_settings
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -187,6 +188,30 @@ def test_two_launched_processes_end_with_the_weights_and_metrics_of_one(run: Pat
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)  # AdamW makes much of rounding
     assert done.stdout.count("KL(teacher || student)") == 1  # the table: rank 0 only
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_an_accelerate_file_as_it_is_trains_in_bfloat16_as_one_process_does(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    expected = train(configured(run, tmp_path / "one", training={"bf16": True}))
+    config = configured(run, tmp_path / "two", training={"per_device_train_batch_size": 2, "bf16": True})
+    (tmp_path / "run.yaml").write_text(resolved_yaml(config))
+    command = [str(ROOT / "launch" / "train.sh"), "2", "--config", str(tmp_path / "run.yaml")]
+    file = str(ROOT / "configs" / "accelerate" / f"{name}.yaml")
+    environment = {**os.environ, "ACCELERATE_CONFIG": file, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = results(tmp_path / "two")
+    assert (found["world_size"], found["distributed_type"]) == (2, "DEEPSPEED")
+    first, same = (
+        json.loads((tmp_path / path / "trainer_state.json").read_text())["log_history"][0] for path in ("two", "one")
+    )
+    for key in ("kd", "ce", "kl", "teacher_ce"):  # targets and sums stay float32
+        assert first[key] == pytest.approx(same[key], rel=2e-3), key
+    for key in ("kl", "ce", "teacher_ce"):
+        assert found[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-2), key
 
 
 WITHOUT_COMPILING = """
