@@ -5,6 +5,7 @@ waits for another rank, and no Python runs) the process is ended all the same, w
 because a kill at any moment is: whatever has its final name is whole.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -116,13 +117,19 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def end(status: int) -> NoReturn:
-    """End the process with the exit status of its command, soon also where the command was stopped or failed.
+    """End the process with the exit status of its command: what is to run at exit does, the interpreter is not taken down.
 
-    The stop may have come up in a library that had just started a thread (as the one that loads the teacher's weights
-    does); nobody tells that thread to end then, and the interpreter would wait for it for ever.
+    For taking it down ends in two ways that were seen. A stop may have come up in a library that had just started a
+    thread (as the one that loads the teacher's weights does): nobody tells that thread to end, and the interpreter
+    waits for it for ever, so after a failure it gets AFTERWARDS. And a thread of gloo that drops its last tensor while
+    Python before 3.14 is taken down dies of SIGABRT, after all the work is done.
     """
     if status:
         watchdog = threading.Timer(AFTERWARDS, os._exit, args=(status,))
         watchdog.daemon = True
         watchdog.start()
-    sys.exit(status)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter does first
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -85,6 +85,13 @@ def test_a_thread_that_a_library_left_behind_does_not_keep_a_stopped_process() -
     assert subprocess.run([sys.executable, "-c", waits + ends], timeout=60).returncode == 143
 
 
+def test_what_is_to_run_at_exit_runs_and_is_written_before_the_process_ends() -> None:
+    program = "import atexit, sys; from accel_distill.stopping import end; atexit.register(print, 'at exit'); "
+    program += "atexit.register(sys.stderr.write, 'and an error'); print('done'); end(3)"
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\nat exit\n", "and an error")
+
+
 def test_a_process_that_did_its_work_waits_for_the_threads_it_has() -> None:
     writes = "import threading, time; threading.Timer(1.0, print, ['written']).start(); "
     ends = "from accel_distill import stopping; stopping.AFTERWARDS = 0.0; stopping.end(0)"
