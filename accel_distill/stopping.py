@@ -117,9 +117,9 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def end(status: int) -> NoReturn:
-    """End the process with the exit status of its command: what is to run at exit does, the interpreter is not taken down.
+    """End the process with the exit status of its command: exit functions run, the interpreter is not taken down.
 
-    For taking it down ends in two ways that were seen. A stop may have come up in a library that had just started a
+    Taking it down ends in two ways that were seen. A stop may have come up in a library that had just started a
     thread (as the one that loads the teacher's weights does): nobody tells that thread to end, and the interpreter
     waits for it for ever, so after a failure it gets AFTERWARDS. And a thread of gloo that drops its last tensor while
     Python before 3.14 is taken down dies of SIGABRT, after all the work is done.
