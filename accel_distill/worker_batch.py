@@ -1,8 +1,8 @@
 """A training batch that goes from a dataloader worker to the process that trains as plain arrays.
 
 The one decision: its tensors are pickled as numpy arrays. Torch would put each of a batch's ten into shared memory of
-its own and send a file descriptor, which costs the process that trains five times as much (docs/results.md), and needs
-room in /dev/shm. It costs that a batch is copied into a pipe and out of it: 0.4 MB for 8 rows of 341 tokens.
+its own and send a file descriptor, which costs the process that trains more than twice as much (docs/results.md), and
+needs room in /dev/shm. It costs that a batch is copied into a pipe and out of it: 0.4 MB for 8 rows of 341 tokens.
 """
 
 from torch import Tensor, from_numpy
