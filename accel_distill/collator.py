@@ -17,6 +17,7 @@ from torch import Tensor
 from accel_distill.cache import CachedSample
 from accel_distill.losses import IGNORE_INDEX
 from accel_distill.targets import concatenate
+from accel_distill.worker_batch import WorkerBatch
 
 Row = CachedSample | Sequence[CachedSample]
 
@@ -27,7 +28,7 @@ class CachedLogitCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> WorkerBatch:
         """Return the tensors of a batch of B rows padded to T tokens, with P targets of E entries in S samples.
 
         `input_ids`, `labels` (B, T); `target_positions` (P,) ascending, the target there is for the next token;
@@ -50,7 +51,7 @@ class CachedLogitCollator:
         labels[:, 1:] = torch.where(has_target[:, :-1], input_ids[:, 1:], IGNORE_INDEX)
         offsets, ids, weights = concatenate([sample.targets for sample in samples]).entries()
         one_each = all(isinstance(row, CachedSample) for row in rows)
-        return {
+        batch = {
             "input_ids": input_ids,  # first: accelerate and the Trainer read the batch size from it
             **({"attention_mask": _mask(lengths, width)} if one_each else {"position_ids": _positions(packed, width)}),
             "labels": labels,
@@ -62,6 +63,7 @@ class CachedLogitCollator:
             "teacher_logprob": torch.tensor([sample.teacher_logprob for sample in samples]),
             "sample_index": torch.tensor([sample.sample_index for sample in samples]),
         }
+        return WorkerBatch(batch)
 
 
 def _mask(lengths: Sequence[int], width: int) -> Tensor:

@@ -4,6 +4,7 @@ The one decision: a command catches `RunError` and nothing else, so a bug of our
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,11 +15,21 @@ TO_GO_ON = (
     "dataset.max_samples, a higher targets.threshold or a lower targets.top_k)"
 )
 
+# How torch raises an error of a dataloader worker anew: a text with the worker's traceback is its message.
+OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback")
+
 
 class RunError(Exception):
     """A failure whose message is for the user: what was found, what was expected, what to do."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        """Return the message; of a worker's error the one that was raised there, without its traceback."""
+        said = super().__str__()
+        if OF_A_WORKER.match(said):
+            return re.split(rf"\n(?:\w+\.)*{type(self).__name__}: ", said)[-1].strip()
+        return said
 
 
 class ConfigError(RunError):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from accel_distill.losses import IGNORE_INDEX
 from accel_distill.text_rows import TextRow
+from accel_distill.worker_batch import WorkerBatch
 
 NO_END = 2**62  # of a stream that is not known to end
 
@@ -22,7 +22,7 @@ class TextCollator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[TextRow]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[TextRow]) -> WorkerBatch:
         """Return the tensors of a batch of B rows padded to T tokens, with P positions that have a next token.
 
         `input_ids`, `attention_mask`, `labels` (B, T), not shifted; `target_positions` (P,) ascending, into the
@@ -39,7 +39,7 @@ class TextCollator:
             input_ids[row, :length] = ids
             labels[row, 1:length] = ids[1:]
             attention_mask[row, : max(1, length)] = 1  # attention to no position at all would be NaN
-        return {
+        batch = {
             "input_ids": input_ids,  # first: accelerate and the Trainer read the batch size from it
             "attention_mask": attention_mask,
             "labels": labels,
@@ -48,3 +48,4 @@ class TextCollator:
             "row_start": torch.tensor([sequence.start for sequence in sequences]),
             "stream_end": torch.tensor([NO_END if row.end is None else row.end for row in rows]),
         }
+        return WorkerBatch(batch)

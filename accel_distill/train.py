@@ -22,7 +22,7 @@ from accel_distill.cached_data import CachedData
 from accel_distill.checkpoint_record import CheckpointRecord, check_resumable
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
-from accel_distill.errors import ConfigError, exit_with
+from accel_distill.errors import ConfigError, RunError, exit_with
 from accel_distill.online_data import OnlineData, one_pass
 from accel_distill.processes import (
     World,
@@ -234,8 +234,22 @@ def _merge(student: StudentConfig, data: Data, arguments: TrainingArguments) -> 
 
 def _run(trainer: DistillationTrainer, in_checkpoints: CheckpointRecord) -> dict[str, Any]:
     """Train, save the student, evaluate it; return what was measured, the time with that before a checkpoint."""
-    with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
-        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    try:
+        with nullcontext() if trainer.args.disable_tqdm else logged_above_bars():
+            return _trained(trainer, in_checkpoints)
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        said = str(error).partition(". ")[0]
+        raise RunError(
+            f"a process that reads for training ended ({said}), most often for want of memory; go on from the last "
+            "checkpoint with training.resume_from_checkpoint=true; with training.dataloader_num_workers=0 there is no "
+            "such process"
+        ) from error
+
+
+def _trained(trainer: DistillationTrainer, in_checkpoints: CheckpointRecord) -> dict[str, Any]:
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
     metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}

@@ -3,7 +3,8 @@
 The one decision: the samples come in the order of training, from a cache of 200 shards that is made here of the targets
 of a file (see proxy.py), so that the figures are those of a large vocabulary. The files are warm in the page cache.
 Beside the speed stands that by processor time, which on a busy machine is what counts. `--cache` takes a cache that is
-there, and only lets a student of one layer and width 16 train on it.
+there, and only lets a student of one layer and width 16 train on it: what it waits, and which part of the training
+thread's processor time goes into getting batches, which is what it would wait beside free cores.
 
     python bench/loader.py --proxy FILE.npz [--shards 200] [--repeat 2] [--json FILE]
     python bench/loader.py --cache CACHE [--steps 100] [--json FILE]
@@ -62,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for result in results:
         text = f"{result['case']:40}{result['positions_per_s']:12,.0f} positions/s"
         text += f"{result['positions_per_cpu_s']:12,.0f} per CPU second" if "positions_per_cpu_s" in result else ""
-        text += f"{result['wait']:8.1%} of the time waiting for batches" if "wait" in result else ""
+        if "wait" in result:
+            text += (
+                f"{result['wait']:8.1%} of the time waiting for batches,{result['cpu_wait']:6.1%} of its processor time"
+            )
         print(text)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -95,8 +99,8 @@ def measure(path: Path) -> list[dict[str, Any]]:
     cache.processes = 2
     batches = BatchSampler(sampler, BATCH, drop_last=False)
     timed(f"one of several readers, by {BATCH}", (cache.__getitems__(items) for items in batches))
-    dataset: Any = TeacherCache(path)
     for workers in WORKERS:
+        dataset: Any = TeacherCache(path)  # anew: workers would inherit what is decoded
         timed(
             f"batches of {BATCH}, {workers} workers",
             DataLoader(
@@ -108,6 +112,23 @@ def measure(path: Path) -> list[dict[str, Any]]:
             ),
         )
     return results
+
+
+class ClockedTrainer(DistillationTrainer):
+    """Counts the processor time of the thread that trains, and what of it goes into getting batches."""
+
+    begun: float | None = None  # the thread's time when the first step had its batches
+    getting = 0.0
+
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        """Return the batches of a step."""
+        before = time.thread_time()
+        found = super().get_batch_samples(*arguments)
+        if self.begun is None:
+            self.begun = time.thread_time()
+        else:
+            self.getting += time.thread_time() - before
+        return found
 
 
 def cpu_seconds() -> float:
@@ -129,7 +150,7 @@ def train(path: Path, workers: int, *, steps: int, output: Path) -> dict[str, An
     values = {"max_steps": steps, "logging_steps": steps, "per_device_train_batch_size": BATCH}
     loading = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
     quiet = {"output_dir": str(output), "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    trainer = DistillationTrainer(
+    trainer = ClockedTrainer(
         LlamaForCausalLM(config),
         training_arguments(values | loading | quiet, has_gpu=torch.cuda.is_available()),
         objective=Objective(kind=cache.method, temperature=cache.temperature),
@@ -138,9 +159,16 @@ def train(path: Path, workers: int, *, steps: int, output: Path) -> dict[str, An
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    assert trainer.begun is not None
+    cpu_wait = trainer.getting / (time.thread_time() - trainer.begun)
     log = next(line for line in trainer.state.log_history if "data_wait_share" in line)
     case = f"a student of {sum(part.numel() for part in trainer.model.parameters()):,}, {workers} workers"
-    return {"case": case, "positions_per_s": log["positions_per_second"], "wait": log["data_wait_share"]}
+    return {
+        "case": case,
+        "positions_per_s": log["positions_per_second"],
+        "wait": log["data_wait_share"],
+        "cpu_wait": cpu_wait,
+    }
 
 
 def make_cache(path: Path, proxy: Proxy, *, shards: int, repeat: int) -> None:

@@ -28,6 +28,7 @@ FLOORS = {
     "text_hash": 0,
     "turns": 0,
     "uniforms": 0,
+    "worker_batch": 0,
     "charts": 1,
     "codec": 1,
     "command_line": 1,

@@ -146,7 +146,7 @@ def test_the_loaders_student_says_for_which_part_of_its_time_it_waits(small_prox
     for workers in (0, 1):
         found = loader.train(tmp_path / "cache", workers, steps=2, output=tmp_path / "run")
         assert found["case"].endswith(f" {workers} workers")
-        assert 0 <= found["wait"] < 1 and found["positions_per_s"] > 0
+        assert 0 <= found["wait"] < 1 and 0 <= found["cpu_wait"] < 1 and found["positions_per_s"] > 0
 
 
 def decoded_head_ids(proxy: loader.Proxy, *, first: int, last: int) -> list[int]:

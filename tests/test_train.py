@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tiny import MAX_LENGTH, make_teacher, make_tokenizer, run_config, story, wr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from accel_distill import __version__
-from accel_distill.cache import TeacherCache
+from accel_distill.cache import CachedSample, TeacherCache
 from accel_distill.cached_data import objective, split_items
 from accel_distill.checkpoint_record import DataRecord, check_resumable
 from accel_distill.collator import CachedLogitCollator
@@ -769,6 +770,22 @@ def test_a_signal_ends_training_with_its_status_and_one_sentence(
     threading.Thread(target=stop, daemon=True).start()
     assert main(["--config", str(path)]) == 143
     assert "stopped by SIGTERM; what was published or saved is kept" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_ends_training_in_one_sentence(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, trainers = TeacherCache.__getitems__, os.getpid()
+
+    def read_or_die(cache: TeacherCache, items: Sequence[int]) -> list[CachedSample]:
+        if os.getpid() != trainers:
+            os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does
+        return read(cache, items)
+
+    monkeypatch.setattr(TeacherCache, "__getitems__", read_or_die)
+    with pytest.raises(RunError, match="a process that reads for training ended .* training.dataloader_num_workers=0"):
+        train(configured(run, tmp_path, training={"dataloader_num_workers": 1}))
+    train(configured(run, tmp_path, training={"dataloader_num_workers": 0, "max_steps": 1}))
 
 
 def test_packed_training_says_what_it_saves_and_counts_samples(
