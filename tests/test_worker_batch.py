@@ -12,7 +12,7 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from made_cache import make_cache, make_rows
-from test_text_rows import open_texts
+from test_text_rows import open_texts, stream_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -46,7 +46,7 @@ def texts(path: Path) -> Any:
 
 def stream(path: Path) -> Any:
     path.mkdir()
-    return StreamRows(open_texts(path, max_samples=37), first=5, stop=37, multiple=BATCH)
+    return stream_rows(open_texts(path, max_samples=37), path, first=5, stop=37, multiple=BATCH)
 
 
 MADE: dict[str, tuple[Callable[[Path], Any], int | None]] = {  # the dataset, and samples of a step by length
