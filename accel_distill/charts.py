@@ -84,7 +84,7 @@ def curves(
             _draw(axes, line)
         last = max((line.steps[-1] for line in lines), default=1)
         axes.set_xlim(0, max(last, 1))
-        _limit(axes, lines, last=last, from_zero=unit in ("bytes", "count"))
+        _limit(axes, lines, from_zero=unit in ("bytes", "count"))
         axes.yaxis.set_major_locator(_locator(5))
         if unit != "nats":
             axes.yaxis.set_major_formatter(lambda value, _: _shown(value, unit))
@@ -158,11 +158,16 @@ def _draw(axes: "Axes", line: Line) -> None:
         axes.plot(line.steps, line.values, color=FLOOR, linewidth=1.2, linestyle=(0, (4, 3)))
 
 
-def _limit(axes: "Axes", lines: Sequence[Line], *, last: float, from_zero: bool) -> None:
-    """Set the y axis: to what the curves reach once the first steps are over."""
-    drawn = [pair for line in lines for pair in zip(line.steps, line.values, strict=True) if math.isfinite(pair[1])]
-    settled = [value for step, value in drawn if step >= SETTLED * last] or [value for _, value in drawn] or [0.0]
-    low, high = min(value for _, value in drawn or [(0, 0.0)]), max(settled)
+def _limit(axes: "Axes", lines: Sequence[Line], *, from_zero: bool) -> None:
+    """Set the y axis: to what each curve reaches once its first steps are over."""
+    drawn = [
+        (step >= SETTLED * line.steps[-1], value)
+        for line in lines
+        for step, value in zip(line.steps, line.values, strict=True)
+        if math.isfinite(value)
+    ] or [(True, 0.0)]
+    settled = [value for is_settled, value in drawn if is_settled] or [value for _, value in drawn]
+    low, high = min(value for _, value in drawn), max(settled)
     low = 0.0 if from_zero else low
     room = 0.08 * ((high - low) or abs(high) or 1.0)
     axes.set_ylim(low if from_zero else low - room, high + room)

@@ -132,6 +132,8 @@ def _inspected(run: Run, place: Path | None) -> tuple[Values, str]:
         return {}, "the run file names no cache."
     try:
         found = inspect_cache(place, most_shards=MOST_SHARDS)
+    except ConfigError as error:
+        return {}, f"{error}, or say where it is with --cache."
     except RunError as error:
         return {}, f"{error}."
     if run.cache_id not in (None, found["cache_id"]):

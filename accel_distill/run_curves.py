@@ -73,9 +73,9 @@ def _plot(curve: Curve, runs: Sequence[Run], *, by_positions: bool) -> Plot | No
     for number, run in enumerate(runs):
         for kind, key in (("train", curve.train), ("eval", curve.held_out)):
             steps, values = run.series(key) if key else ([], [])
-            if len(steps) >= curve.least:
+            if steps:
                 lines.append(Line(kind, _axis(run, steps, by_positions), values, run=number % RUN_COLOURS))  # type: ignore[arg-type]
-    if not lines:
+    if max((len(line.steps) for line in lines), default=0) < curve.least:
         return None
     floor = _floor(curve, runs, last=max(line.steps[-1] for line in lines))
     latest = "; ".join(_latest(curve, run, run.name if len(runs) > 1 else "") for run in runs)

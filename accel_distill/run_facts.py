@@ -38,6 +38,8 @@ def subtitle(run: Run) -> str:
     student = section(run.record, "student")
     parameters = number(student, "parameters")
     who = f"{student.get('class', 'A student')}" + (f" of {parameters:,.0f} parameters" if parameters else "")
+    adapters = number(student, "adapter_parameters")
+    who += f" with adapters of {adapters:,.0f}" if adapters else ""
     teacher = section(run.settings, "teacher").get("model")
     loss = section(run.settings, "loss")
     how = "trained" if loss.get("kd_weight") == 0 else "distilled"
@@ -54,13 +56,16 @@ def _student(run: Run) -> Facts:
     parameters = "" if total is None else f"{total:,.0f}"
     if trained is not None and trained != total:
         parameters += f", of which {trained:,.0f} were trained"
-    sizes = section(student, "config")
+    adapters = number(made, "adapter_parameters")
+    sizes, lora = section(student, "config"), section(student, "lora")
     return [
         ("class", _text_of(made.get("class"))),
         ("parameters", parameters),
         ("began as", _text_of(student.get("model")) or ("random weights" if sizes else "")),
         *_named(sizes),
-        *_named(student, [key for key in student if key not in ("model", "config")]),
+        ("adapters", "" if not adapters else f"{adapters:,.0f} parameters"),
+        *[(f"lora.{name}", text) for name, text in _named(lora)],
+        *_named(student, [key for key in student if key not in ("model", "config", "lora")]),
     ]
 
 

@@ -100,9 +100,16 @@ def _described(model: "nn.Module") -> dict[str, Any]:
     sizes = [getattr(each, "ds_numel", each.numel()) for each in parameters]  # ZeRO-3 has divided them already
     trained = [size for size, each in zip(sizes, parameters, strict=True) if each.requires_grad]
     inner: Any = model
+    adapters = 0
     if hasattr(model, "get_base_model"):  # of peft
         inner = inner.get_base_model()
-    return {"class": type(inner).__name__, "parameters": sum(sizes), "trained_parameters": sum(trained)}
+        adapters = sum(size for (name, _), size in zip(model.named_parameters(), sizes, strict=True) if "lora_" in name)
+    return {
+        "class": type(inner).__name__,
+        "parameters": sum(sizes) - adapters,
+        "adapter_parameters": adapters,
+        "trained_parameters": sum(trained),
+    }
 
 
 def _cache(cache: "TeacherCache") -> dict[str, Any]:

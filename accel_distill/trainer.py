@@ -163,23 +163,27 @@ class DistillationTrainer(Trainer):
         """
         self._check_losses()
         if "loss" in logs or "train_runtime" in logs:  # on every process alike
-            counted = torch.cat([self._since_log, self._since_log.new_tensor([self._waited])])
-            *sums, positions, waited = self.accelerator.reduce(counted, reduction="sum").tolist()
-            self._since_log.zero_()
-            if "loss" in logs or positions:
-                means = [total / max(positions, 1) for total in sums]
-                logs = logs | dict(
-                    zip(("kd", "ce", "kl", "teacher_ce"), means, strict=True)
-                )  # the given ones are returned
-                logs["positions"] = int(positions)  # since the last time
-        if "loss" in logs:
+            logs = logs | self._measured(with_speed="loss" in logs)  # the given ones are returned
+        super().log(logs, start_time)
+
+    def _measured(self, *, with_speed: bool) -> dict[str, float]:
+        """Return what the processes have counted since the last time, and the memory of the one that has most."""
+        own = self._since_log.new_tensor([self._waited, peak_memory(self.args.device)])
+        counted = self.accelerator.gather(torch.cat([self._since_log, own])[None])
+        *sums, positions, waited, _ = counted.sum(dim=0).tolist()
+        self._since_log.zero_()
+        found: dict[str, float] = {}
+        if with_speed or positions:
+            means = [total / max(positions, 1) for total in sums]
+            found = dict(zip(("kd", "ce", "kl", "teacher_ce"), means, strict=True)) | {"positions": int(positions)}
+        if with_speed:
             now = time.perf_counter()
             seconds = max(now - (self._clock or now), 1e-9)
-            logs["positions_per_second"] = positions / seconds
-            logs["data_wait_share"] = waited / self.args.world_size / seconds
-            logs["peak_memory_bytes"] = peak_memory(self.args.device)
+            found["positions_per_second"] = positions / seconds
+            found["data_wait_share"] = waited / self.args.world_size / seconds
+            found["peak_memory_bytes"] = counted[:, -1].max().item()
             self._clock, self._waited = now, 0.0
-        super().log(logs, start_time)
+        return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Read a cache through windows of its shards, a stream in its order; the epoch is always the Trainer's own."""

@@ -21,6 +21,7 @@ from accel_distill.cache import TeacherCache
 from accel_distill.config import LoraSection
 from accel_distill.errors import ConfigError
 from accel_distill.fused_head import FullLogits, FusedHead
+from accel_distill.run_record import read_run_record
 from accel_distill.train import train
 from accel_distill.trainer import DistillationTrainer
 
@@ -38,6 +39,12 @@ def adapted(run: Path, student: Path) -> Path:  # noqa: F811
     """The output of a run with adapters, with a checkpoint after every second step."""
     train(with_lora(run, student, run / "adapted", training={"save_strategy": "steps", "save_steps": 2}))
     return run / "adapted"
+
+
+def test_the_record_counts_adapters_apart_from_the_student(adapted: Path, student: Path) -> None:
+    recorded = read_run_record(adapted)["student"]
+    assert recorded["parameters"] == AutoModelForCausalLM.from_pretrained(student).num_parameters()
+    assert recorded["adapter_parameters"] == recorded["trained_parameters"] > 0
 
 
 def with_lora(run: Path, student: Path, output: Path, **changes: dict[str, Any]) -> Any:  # noqa: F811

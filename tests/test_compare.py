@@ -104,6 +104,19 @@ def test_runs_whose_steps_cover_other_numbers_of_positions_share_an_axis_of_posi
     assert all(", over steps" in plot.svg for plot in plots(same))
 
 
+def test_a_run_that_was_evaluated_once_is_a_point_beside_the_curves_of_others(tmp_path: Path) -> None:
+    ends = [line for line in logged() if "eval_ece" not in line] + [line for line in logged() if "eval_ece" in line][
+        -1:
+    ]
+    often = read_run(make_run(tmp_path / "often"))
+    once = read_run(make_run(tmp_path / "once", state={"log_history": ends}))
+    titles = [plot.title for plot in plots([often, once])]
+    assert {"Top-1 agreement", "Expected calibration error"} <= set(titles)
+    (agreement,) = (plot for plot in plots([often, once]) if plot.title == "Top-1 agreement")
+    assert "var(--run-0)" in agreement.svg and "var(--run-1)" in agreement.svg
+    assert "Top-1 agreement" not in [plot.title for plot in plots([once])]
+
+
 def test_one_run_is_refused(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(runs[:1]) == 2
     assert capsys.readouterr().err == (

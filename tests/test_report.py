@@ -206,7 +206,11 @@ def test_a_cache_that_is_gone_moved_or_another_one_is_said(made: Path, tmp_path:
     gone = make_run(tmp_path / "gone")
     report(gone, tmp_path / "gone.html")
     text = Page((tmp_path / "gone.html").read_text()).text
-    assert "no-cache: it is not a directory" in text and "Not shown: no cache to read them from" in text
+    assert (
+        "no-cache: it is not a directory" in text
+        and "or say where it is with --cache." in text
+        and "Not shown: no cache to read them from" in text
+    )
     report(gone, tmp_path / "other.html", cache=made / "cache")
     assert "is another one than that the run was trained from." in Page((tmp_path / "other.html").read_text()).text
     moved = tmp_path / "moved"
