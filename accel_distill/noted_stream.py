@@ -1,9 +1,9 @@
 """A stream of which places are noted while it is read, so that training that goes on begins near where it stopped.
 
-    OUTPUT_DIR/hints.json    as in a cache (hints.py), with a hash of the source and of the texts that follow the place
+    OUTPUT_DIR/hints.json    as in a cache (hints.py), with a hash of source, place and the texts that follow
 
 The one decision: a place is a guess here too. It is used only when the AFTER texts that are read there have the hash
-that was noted, of the same source; else the one before it, or the first sample. So a wrong one costs time and never a
+that was noted, with its number and source; else the one before it, or the first sample. So a wrong one costs time and never a
 sample. The price is that those texts are read twice.
 """
 
@@ -51,7 +51,7 @@ class NotedStream:
         """Write a place down, for another run; without it that reads more, so a disk that refuses it is passed over."""
         with contextlib.suppress(RunError, OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
-            add_hint(Hint(mark.at, mark.state, self._key(texts)), self._directory, scratch=self._directory)
+            add_hint(Hint(mark.at, mark.state, self._key(mark.at, texts)), self._directory, scratch=self._directory)
 
     def _noted(self, reading: Reading) -> "NotedReading":
         return NotedReading(reading, self.note if self._writes() else None)
@@ -67,10 +67,10 @@ class NotedStream:
             found = TextHash.of(islice(self._read(Mark(hint.at, hint.state)), AFTER))
         except (RunError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError):
             return False  # a state that the datasets library makes nothing of
-        return self._key(found) == hint.after
+        return self._key(hint.at, found) == hint.after
 
-    def _key(self, texts: TextHash) -> str:
-        return hashlib.sha256(f"{self._source} {texts.hexdigest()}".encode()).hexdigest()
+    def _key(self, at: int, texts: TextHash) -> str:
+        return hashlib.sha256(f"{self._source} {at} {texts.hexdigest()}".encode()).hexdigest()
 
 
 class NotedReading:

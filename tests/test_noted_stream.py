@@ -84,7 +84,7 @@ def test_a_note_that_is_wrong_costs_time_and_no_sample(tmp_path: Path, wrong: st
     states = [hint["state"] for hint in hints]
     for n, hint in enumerate(hints):
         changed = {"state": {"state": states[n - 1]}, "at": {"at": hint["at"] + 1}, "no state": {"state": None}}
-        hint.update(changed.get(wrong, {}) | ({"after": None} if wrong == "at" else {}))
+        hint.update(changed.get(wrong, {}))
     (tmp_path / NAME).write_text("[1]" if wrong == "not ours" else json.dumps(hints))
     noted = stream.noted(tmp_path, source="another" if wrong == "source" else "", is_writer=False)
     assert texts_at(noted, 390, 10) == texts[390:]
