@@ -3,8 +3,8 @@
     OUTPUT_DIR/hints.json    as in a cache (hints.py), with a hash of source, place and the texts that follow
 
 The one decision: a place is a guess here too. It is used only when the AFTER texts that are read there have the hash
-that was noted, with its number and source; else the one before it, or the first sample. So a wrong one costs time and never a
-sample. The price is that those texts are read twice.
+that was noted, with its number and source; else the one before it, or the first sample. So a wrong one costs time and
+never a sample. The price is that those texts are read twice.
 """
 
 import contextlib
