@@ -109,7 +109,10 @@ def demo(out: Path, sizes: Sizes) -> None:
     page = out / "student" / "report.html"
     write_report(out / "student", page, baseline=out / "baseline")
     say_prose(f"Curves, calibration and ten positions as text, in a browser: {page}")
-    say(f"\n{time.monotonic() - begun:.0f} s in all. {suggestions(out, samples=sizes.samples)}")
+    files = "run.yaml (what these commands read), documents.jsonl, teacher/, cache/, student/, baseline/"
+    say("")
+    say_prose(f"{time.monotonic() - begun:.0f} s in all. In {out}/: {files}.")
+    say(suggestions(out, samples=sizes.samples))
 
 
 def run_file(out: Path, sizes: Sizes) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def comparison(distilled: Mapping[str, Any], alone: Mapping[str, Any]) -> list[s
 
 
 def suggestions(out: Path, *, samples: int) -> str:
-    """Return where the files are and the commands to go on with, which need no launcher for one process."""
+    """Return the commands to go on with, which need no launcher for one process."""
     folder = str(Path(sys.executable).parent)
     on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
     run, student = f"--config {shlex.quote(str(out / 'run.yaml'))}", shlex.quote(str(out / "student"))
@@ -234,8 +237,7 @@ def suggestions(out: Path, *, samples: int) -> str:
         f"accel-distill report {student} --baseline {shlex.quote(str(out / 'baseline'))}",
         "accel-distill init > my-run.yaml   # a run file to fill in, for a teacher and a text of your own",
     ]
-    files = "run.yaml (what these commands read), documents.jsonl, teacher/, cache/, student/, baseline/"
-    return f"In {out}/: {files}.\nTo go on, from this directory:\n" + "\n".join(f"  {line}" for line in lines)
+    return "To go on, from this directory:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @contextmanager

@@ -57,6 +57,9 @@ def train_teacher(
     block: int,
 ) -> None:
     """Train the teacher for `steps` on blocks of `block` tokens, and save it with its tokenizer in `path`."""
+    from accel_distill.processes import quiet_deepspeed
+
+    quiet_deepspeed()
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
     from transformers.utils import logging
 

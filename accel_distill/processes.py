@@ -119,6 +119,12 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+def quiet_deepspeed() -> None:
+    """Tell DeepSpeed, which Trainer imports where it is there, that it is on a CPU: else it warns that it chose so."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def start_processes() -> World:
     """Join the process group that the launcher made; raise ConfigError where it is not what was asked for."""
     from accelerate import PartialState
@@ -128,8 +134,7 @@ def start_processes() -> World:
             "ACCELERATE_USE_DEEPSPEED is set, but no launcher started this process, and DeepSpeed needs one, also for "
             "one process; use launch/train.sh N with ACCELERATE_CONFIG=configs/accelerate/zero2.yaml, or torchrun"
         )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which Trainer imports, warns that it chose so
+    quiet_deepspeed()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=SET_UP_TIMEOUT)
     check_processes(os.environ, found=state.num_processes, has_gpu=torch.cuda.is_available())
     return World(state.process_index, state.num_processes, state.device, state.distributed_type.value)
