@@ -117,7 +117,9 @@ def calibration(title: str, diagrams: Sequence[Bins]) -> str:
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, **style)
             if few:
-                axes.plot(*zip(*few, strict=True), color=colour, linestyle="none", marker="o", markersize=2.5)
+                axes.plot(
+                    *zip(*few, strict=True), color=colour, linestyle="none", marker="o", markersize=2.5, clip_on=False
+                )
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that was right")
         counts = [count for count, *_ in diagrams[0]]
         middles = [(place + 0.5) / len(counts) for place in range(len(counts))]

@@ -104,11 +104,11 @@ def sample_positions(student: Path, cache: TeacherCache, *, eval_samples: int, s
 
 def _rounding(cache: TeacherCache) -> str:
     if cache.method == "random":
-        return f"The teacher's are shares of {cache.parameter:g} draws."
+        return f"The teacher's probabilities are shares of {cache.parameter:g} draws."
     if cache.method == "top_k":
         return ""
     steps = weight_scale(cache.method, cache.parameter)
-    return f"The teacher's are whole steps of 1/{steps}, rounded up or down at random so that their mean is exact."
+    return f"The teacher's probabilities are whole steps of 1/{steps}, rounded up or down at random so that their mean is exact."
 
 
 def bucket_divergence(targets: SparseTargets, logprobs: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _described(
     target = sample.targets.position_slice(found.target, found.target + 1)
     _, ids, weights = target.entries()
     heads, shown = int(target.head_count), before[-CONTEXT:].tolist()
-    order = sorted(range(len(ids)), key=lambda place: (-float(weights[place]), place >= heads))[:TOP]
+    order = sorted(range(len(ids)), key=lambda place: (place >= heads, -float(weights[place])))[:TOP]
     best = logprobs.topk(min(TOP, len(logprobs)))
 
     def choice(token: int, probability: float, *, is_drawn: bool = False) -> Choice:

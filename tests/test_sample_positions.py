@@ -54,7 +54,7 @@ def test_ten_positions_are_spread_over_the_ranks_nearest_first_and_always_the_sa
     assert divergences == sorted(divergences) and divergences[0] < divergences[-1]
     assert all(position.sample_index < HELD_OUT and position.position >= 8 for position in chosen.positions)
     assert chosen == sample_positions(made / "student", cache, eval_samples=HELD_OUT)
-    assert re.fullmatch(r"The teacher's are whole steps of 1/\d+, .*", chosen.rounding)
+    assert re.fullmatch(r"The teacher's probabilities are whole steps of 1/\d+, .*", chosen.rounding)
     steps = int(re.findall(r"1/(\d+)", chosen.rounding)[0])
     kept = [choice.probability for each in chosen.positions for choice in each.teacher if not choice.is_drawn]
     assert [steps * share for share in kept] == pytest.approx([round(steps * share) for share in kept], abs=1e-5)
@@ -69,8 +69,8 @@ def test_a_position_shows_what_cache_and_student_say_there(made: Path) -> None:
     assert position.context == tokenizer.decode(before.tolist())
     assert position.true == tokenizer.decode([true])
     dense = sample.targets.to_dense(cache.vocab_size)[position.position]
-    shown = [choice.probability for choice in position.teacher]
-    assert shown == sorted(shown, reverse=True)
+    shown = [(choice.is_drawn, -choice.probability) for choice in position.teacher]
+    assert shown == sorted(shown)  # the ids that are kept first
     known = [choice for choice in position.teacher if not choice.is_drawn]
     assert known[0].probability == pytest.approx(float(dense.max()), abs=1 / 32)
     assert sum(choice.probability for choice in position.teacher) <= 1 + 1e-6
