@@ -108,7 +108,8 @@ def _rounding(cache: TeacherCache) -> str:
     if cache.method == "top_k":
         return ""
     steps = weight_scale(cache.method, cache.parameter)
-    return f"The teacher's probabilities are whole steps of 1/{steps}, rounded up or down at random so that their mean is exact."
+    how = "rounded up or down at random so that their mean is exact"
+    return f"The teacher's probabilities are whole steps of 1/{steps}, {how}."
 
 
 def bucket_divergence(targets: SparseTargets, logprobs: Tensor) -> Tensor:
