@@ -105,15 +105,22 @@ class DistillationTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Train on a micro-batch; of the first one with a target, see that loss and KD give the student a gradient."""
+        """Train on a micro-batch; of the first one with a target, see that loss and KD give the student a gradient.
+
+        A student that is its teacher has none from KD, and is looked at again.
+        """
         if self._has_gradient or not len(inputs["target_positions"]):
             return super().training_step(model, inputs, num_items_in_batch)
         largest: list[Tensor] = []
         largest_kd: list[Tensor] = []
         self._head.watch = lambda gradient: largest.append(gradient.abs().max())
         self._head.watch_kd = largest_kd.append if self.objective.kd_weight else None
+        before = float(self._since_log[0])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._head.watch, self._head.watch_kd, self._has_gradient = None, None, True
+        if self.objective.kd_weight and not any(largest_kd) and float(self._since_log[0]) == before:
+            self._has_gradient = False
+            return loss
         report = f"report the model ({type(self.model).__name__}) and how it is run"
         if not any(largest):
             raise RunError(

@@ -1,6 +1,7 @@
 """Training with the teacher in the process: what a cache would have given, without the cache."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,18 @@ def test_an_online_teacher_gives_the_losses_metrics_and_weights_of_its_cache(
     weights = [load_file(tmp_path / name / "model.safetensors") for name in metrics]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd", "jsd"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_is_not_stopped(
+    divergence: str, run: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher", vocab=VOCAB)  # padded ids, which it never says, a student would
+    shutil.copy(run / "texts.jsonl", tmp_path)
+    student = {"config": None, "model": str(teacher)}
+    sgd = {"optim": "sgd"}  # AdamW would make steps of rounding
+    loss = {"divergence": divergence}
+    dense = {"method": "dense"}
+    metrics = train(configured(tmp_path, tmp_path / "out", targets=dense, loss=loss, student=student, training=sgd))
+    assert abs(metrics["eval_kl"]) < 1e-6
+    assert max(abs(line["kd"]) for line in log_of(tmp_path / "out")) < 1e-6
