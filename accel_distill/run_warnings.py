@@ -15,6 +15,7 @@ from accel_distill.run_directory import Run, Values, number, section
 FEW_POSITIONS = 10_000  # held out: below, top-1 agreement is known to about a point
 RISES = 0.01  # of the loss, from one fifth of the run to the next
 WORSE = 0.005  # of a held-out loss: less is what evaluations differ by anyway
+TOLD_FIRST = ("teacher.", "tokenizer.", "dataset.", "sequence.", "targets.")  # of the identity: the rest may follow
 OTHER_LENGTH = 0.01  # of the epochs
 DATA_KEYS = (  # of the run file: where no cache says what was trained on
     "teacher.model",
@@ -196,6 +197,7 @@ def _why_not(first: Run, other: Run) -> list[str]:
 def _other_data(first: Run, other: Run) -> list[str]:
     if first.cache_id != other.cache_id:
         changed = differences(first.identity, other.identity) if first.identity and other.identity else []
+        changed.sort(key=lambda sentence: not sentence.startswith(TOLD_FIRST))
         details = f" ({changed[0].split(' is ')[0]} differs)" if changed else ""
         return [f"they were trained from different caches{details}"]
     (ours, theirs), why = (first.trained_on, other.trained_on), []

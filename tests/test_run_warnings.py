@@ -20,7 +20,7 @@ def overfitted() -> list[dict[str, Any]]:
 
 
 CACHE = {"cache_id": "c" * 64, "identity": IDENTITY, "samples": 500, "positions": 9_990, "nonfinite": 0}
-ONLY_TOP_K = {**IDENTITY, "targets": {"method": "top_k", "parameter": 64}}
+ONLY_TOP_K = {**IDENTITY, "layout": {"ranks_sha256": "f"}, "targets": {"method": "top_k", "parameter": 64}}
 
 
 def test_a_run_in_order_has_no_warning(tmp_path: Path) -> None:
