@@ -252,7 +252,8 @@ def _trained(trainer: DistillationTrainer, in_checkpoints: CheckpointRecord) -> 
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     held_out, rows = trainer.eval_dataset or (), len(trainer.train_dataset)
-    metrics = {**result.metrics, "train_samples": trainer.train_samples, "eval_samples": len(held_out)}
+    counts = {"train_samples": trainer.train_samples, "eval_samples": len(held_out)}
+    metrics = {**result.metrics, "epoch": trainer.state.epoch, **counts}
     metrics["train_samples_per_second"] *= trainer.train_samples / rows  # the Trainer takes a row for a sample
     metrics["train_runtime"] += in_checkpoints.seconds_before
     metrics["train_runtime_before"] = in_checkpoints.seconds_before

@@ -18,6 +18,7 @@ from accel_distill import generate as command
 from accel_distill.config import RunConfig
 from accel_distill.divided import held_bytes
 from accel_distill.processes import World, leave_processes
+from accel_distill.stopping import end
 from accel_distill.teacher import Teacher
 
 BACKENDS = ("fsdp", "zero3")
@@ -73,3 +74,4 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     leave_processes()
+    end(0)

@@ -28,6 +28,7 @@ from accel_distill.config import LoraSection
 from accel_distill.fused_head import FusedHead
 from accel_distill.losses import Objective
 from accel_distill.processes import leave_processes
+from accel_distill.stopping import end
 from accel_distill.trainer import DistillationTrainer
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -247,3 +248,4 @@ def main(directory: Path, group: str) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
     leave_processes()
+    end(0)

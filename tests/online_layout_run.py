@@ -35,6 +35,7 @@ from accel_distill.config import TeacherConfig
 from accel_distill.losses import Objective
 from accel_distill.online_targets import OnlineTargets
 from accel_distill.processes import join_deepspeed, leave_processes, whole_weights
+from accel_distill.stopping import end
 from accel_distill.teacher import Sampling, load_teacher
 from accel_distill.text_collator import TextCollator
 from accel_distill.text_rows import TextRow
@@ -150,3 +151,4 @@ def main(directory: Path, group: str) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
     leave_processes()
+    end(0)

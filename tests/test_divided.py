@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 RANK = """
 import os, sys
 from accel_distill import generate, teacher
+from accel_distill.stopping import end
 forwards, run = [], teacher.Teacher.hidden_states
 def hidden_states(self, *arguments, **named):
     forwards.append(1)
@@ -39,7 +40,7 @@ def hidden_states(self, *arguments, **named):
         os.kill(os.getpid(), {number})
     return run(self, *arguments, **named)
 teacher.Teacher.hidden_states = hidden_states
-sys.exit(generate.main(sys.argv[1:]))
+end(generate.main(sys.argv[1:]))
 """
 
 

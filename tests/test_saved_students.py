@@ -27,22 +27,22 @@ pytestmark = pytest.mark.slow
 # The command, with what a backend needs on a CPU. FSDP2: accelerate takes it up on devices other than a CPU only.
 MAINS = {
     "zero3": """
-import sys
 import deepspeed
+from accel_distill.stopping import end
 from accel_distill.train import main
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
-sys.exit(main())
+end(main())
 """,
     "fsdp2": """
-import sys
 import torch
 from layout_run import prepare_fsdp2
 prepare_fsdp2()
 torch.distributed.init_process_group("gloo")
 from accel_distill import train as command
+from accel_distill.stopping import end
 arguments = command.training_arguments
 command.training_arguments = lambda values, has_gpu: arguments(values, has_gpu=True)
-sys.exit(command.main())
+end(command.main())
 """,
 }
 TYPES = {"zero3": "DEEPSPEED", "fsdp2": "FSDP"}

@@ -216,11 +216,11 @@ def test_an_accelerate_file_as_it_is_trains_in_bfloat16_as_one_process_does(
 
 
 WITHOUT_COMPILING = """
-import sys
 import deepspeed
+from accel_distill.stopping import end
 from accel_distill.train import main
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
-sys.exit(main())
+end(main())
 """
 
 

@@ -18,6 +18,7 @@ from accel_distill.codec import Method
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.losses import Objective
 from accel_distill.processes import leave_processes
+from accel_distill.stopping import end
 from accel_distill.targets import concatenate, no_targets, read_logits, sample
 from accel_distill.trainer import DistillationTrainer
 
@@ -170,4 +171,4 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]))
     torch.distributed.barrier()
     leave_processes()
-    os._exit(0)  # all is written; gloo's threads can abort the tear-down of Python on a busy machine
+    end(0)
