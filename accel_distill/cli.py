@@ -76,10 +76,8 @@ def _not_here(config: "RunConfig") -> Iterator[str]:
     for key, name in models.items():
         if name and name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             yield f"{key}: there is no directory {name}"
-    files = (
-        [] if "/" in config.dataset.name else config.dataset.data_files or []
-    )  # of a dataset on the hub they are its
-    for pattern in files:
+    is_local = "/" not in config.dataset.name  # the files of a dataset on the hub are the hub's
+    for pattern in config.dataset.data_files or [] if is_local else []:
         if "://" not in pattern and not glob.glob(pattern, recursive=True):
             yield f"dataset.data_files: there is no file {pattern}"
 

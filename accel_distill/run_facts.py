@@ -53,10 +53,10 @@ def subtitle(run: Run) -> str:
 def _student(run: Run) -> Facts:
     student, made = section(run.settings, "student"), section(run.record, "student")
     total, trained = number(made, "parameters"), number(made, "trained_parameters")
-    parameters = "" if total is None else f"{total:,.0f}"
-    if trained is not None and trained != total:
-        parameters += f", of which {trained:,.0f} were trained"
     adapters = number(made, "adapter_parameters")
+    parameters = "" if total is None else f"{total:,.0f}"
+    if trained is not None and trained not in (total, adapters):
+        parameters += f"; {trained:,.0f} were trained"
     sizes, lora = section(student, "config"), section(student, "lora")
     return [
         ("class", _text_of(made.get("class"))),
