@@ -101,6 +101,7 @@ def test_a_student_saved_by_two_processes_is_that_of_one_and_loads_in_plain_tran
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(story(3))["input_ids"] == make_tokenizer()(story(3))["input_ids"]
     assert (tmp_path / "out" / "generation_config.json").is_file()
-    assert ours.generation_config.eos_token_id == ours.config.eos_token_id == tokenizer.eos_token_id
+    assert ours.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])  # by version
+    assert ours.config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("the cat", return_tensors="pt")["input_ids"]
     assert ours.generate(prompt, max_new_tokens=5, do_sample=False).shape[1] > prompt.shape[1]
