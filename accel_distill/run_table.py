@@ -62,14 +62,13 @@ def teacher_cell(measure: Measure, run: Run) -> str:
 
 
 def by_measure(runs: Sequence[Run]) -> list[str]:
-    """Return a line for each measure, a column for each run, and the teacher's."""
-    said, names = held_out(runs), (*(run.name for run in runs), "teacher")
-    lines = [said] if len(said) > 40 else []  # too long to stand before the names
-    lines.append(" ".join([f"{'' if lines else said:40}", *(f"{name[-16:]:>16}" for name in names)]))
+    """Return a line for each measure, a column for each run, and the teacher's; of two runs in 79 columns."""
+    names = (*(run.name for run in runs), "teacher")
+    lines = [held_out(runs), " ".join([" " * 32, *(f"{name[-14:]:>14}" for name in names)])]
     for measure in MEASURES:
         cells = [_marked(cell) for cell in row(measure, runs)]
         cells.append(teacher_cell(measure, runs[0]))
-        lines.append(" ".join([f"  {measure.title:38}", *(f"{cell:>16}" for cell in cells)]).rstrip())
+        lines.append(" ".join([f"  {measure.title:30}", *(f"{cell:>14}" for cell in cells)]).rstrip())
     return lines
 
 

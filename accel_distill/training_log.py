@@ -17,7 +17,7 @@ from transformers.training_args import TrainingArguments
 from accel_distill.figures import size
 
 HEADER_EVERY = 20  # lines
-LONG_WAIT = 0.05  # of the time: said where processes wait longer than that for their batches
+LONG_WAIT = 0.1  # of the time: said, now and then, where processes wait longer than that for their batches
 LOSSES = ("loss", "kd", "ce", "kl", "teacher_ce")
 HEADER = (
     f"{'step':>7}{'epoch':>7}{'loss':>8}{'kd':>8}{'ce':>8}{'kl':>8}{'teacher':>8}{'lr':>9}{'pos/s':>8}{'memory':>8}"
@@ -62,6 +62,7 @@ class Lines(TrainerCallback):
 
     def __init__(self) -> None:
         self._count = 0
+        self._told_wait = -HEADER_EVERY  # at which line
 
     def on_log(
         self,
@@ -78,8 +79,9 @@ class Lines(TrainerCallback):
             tqdm.write(HEADER)
         self._count += 1
         tqdm.write(line(logs, step=state.global_step))
-        if (waited := logs.get("data_wait_share", 0)) > LONG_WAIT:
-            tqdm.write(f"{'':7}waited for batches {waited:.0%} of the time since the last line")
+        if (waited := logs.get("data_wait_share", 0)) > LONG_WAIT and self._count - self._told_wait >= HEADER_EVERY:
+            self._told_wait = self._count
+            tqdm.write(f"{'':7}waited for batches {waited:.0%} of this time; dataloader_num_workers=1 may help")
         sys.stdout.flush()  # a file is looked at while it grows
 
 

@@ -148,8 +148,8 @@ def test_the_summary_names_the_figures_and_the_page(
     assert main([str(made / "distilled"), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     results = json.loads((made / "distilled" / "all_results.json").read_text())
-    assert "distilled" in lines[0] and "alone" in lines[0] and "teacher" in lines[0]
-    assert f"{results['eval_kl']:.4f}" in lines[2]
+    assert lines[0].startswith("12 samples held out") and lines[1].split() == ["distilled", "alone", "teacher"]
+    assert f"{results['eval_kl']:.4f}" in lines[3] and all(len(line) < 80 for line in lines[:7])
     assert lines[-1] == f"report: {page}"
     assert any(line.startswith("note: Only 12 samples") for line in lines)
     text = Page(page.read_text()).text
