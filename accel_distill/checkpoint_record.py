@@ -103,6 +103,23 @@ def check_resumable(checkpoint: Path, record: DataRecord | OnlineRecord) -> None
             raise _refused(name, then, now, checkpoint, is_online=is_online)
 
 
+def check_same_backend(checkpoint: Path, *, distributed_type: str, world_size: int) -> None:
+    """Raise ConfigError where this run cannot read the optimizer's state that a checkpoint holds.
+
+    Without DeepSpeed the Trainer would pass over what DeepSpeed has saved, and begin with an optimizer of no memory.
+    """
+    divided = list(checkpoint.glob("global_step*/*_optim_states.pt"))
+    is_deepspeed = distributed_type == "DEEPSPEED"
+    if is_deepspeed == bool(divided) and (not divided or len(divided) == world_size):
+        return
+    made = f"by {len(divided)} processes with DeepSpeed" if divided else "without DeepSpeed"
+    now = f"{world_size} process{'es' if world_size > 1 else ''} with{'' if is_deepspeed else 'out'} it"
+    raise ConfigError(
+        f"training.resume_from_checkpoint: {checkpoint} was saved {made}, and the state of its optimizer cannot be "
+        f"read by {now}; go on as it was begun, or begin anew from its weights with student.model"
+    )
+
+
 def _refused(name: str, then: Any, now: Any, checkpoint: Path, *, is_online: bool) -> ConfigError | CacheMismatch:
     if name == "global_batch":
         return ConfigError(

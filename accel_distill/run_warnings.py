@@ -50,7 +50,7 @@ def beside_baseline(run: Run, baseline: Run) -> list[str]:
         )
     ours, theirs = number(run.state, "epoch"), number(baseline.state, "epoch")
     if ours and theirs and abs(ours - theirs) > OTHER_LENGTH * max(ours, theirs):
-        sentences.append(f"The run went over its samples {ours:.4g} times, the baseline {theirs:.4g} times.")
+        sentences.append(f"The run trained for {ours:.4g} epochs, the baseline for {theirs:.4g}.")
     return [*sentences, *not_comparable([run, baseline])]
 
 

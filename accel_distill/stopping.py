@@ -23,6 +23,7 @@ RAISE = signal.SIGUSR2  # wakes the main thread for an error that another thread
 GRACE = 10.0  # seconds until the main thread must have noticed
 LONGEST = 20.0  # seconds from then until the process must have ended: the shard in the writer is published
 AFTERWARDS = 10.0  # seconds from the command's end until the interpreter's own must have come, where it was stopped
+PARENT_EVERY = 1.0  # seconds between two looks of a forked process at whether the one that forked it is there
 ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
 
 
@@ -66,11 +67,16 @@ class Stop:
         self._ended.set()
 
     def forget(self) -> None:
-        """In a process forked from this one: a signal is its own affair, and must not reach this one's pipe."""
+        """In a process forked from this one: a signal is its own affair, and must not reach this one's pipe.
+
+        But it ends when this one does. A dataloader worker would else wait for ever to be rid of a batch, and its
+        copies of the sockets keep other ranks from seeing that this one has died.
+        """
         if not self._ended.is_set():
             signal.set_wakeup_fd(-1)
             for number in (*WATCHED, RAISE):
                 signal.signal(number, signal.SIG_DFL)
+            threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
 
     def _take(self, error: BaseException) -> bool:
         with self._lock:
@@ -90,6 +96,13 @@ class Stop:
         if not self._ended.is_set():
             say(self._error)
             os._exit(status_of(self._error))
+
+
+def _end_with(parent: int) -> None:
+    """End this process once `parent` is no longer its parent."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_EVERY)
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from accel_distill.adapters import add_adapters, check_same_adapters, merge_adapters, require_peft
 from accel_distill.cached_data import CachedData
-from accel_distill.checkpoint_record import CheckpointRecord, check_resumable
+from accel_distill.checkpoint_record import CheckpointRecord, check_resumable, check_same_backend
 from accel_distill.command_line import parse_arguments
 from accel_distill.config import RunConfig, StudentConfig, load_config, resolved_yaml
 from accel_distill.errors import ConfigError, RunError, exit_with
@@ -87,6 +87,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     trainer = _make_trainer(data, student, arguments, world)
     if checkpoint:
         world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
+        how = {"distributed_type": trainer.accelerator.distributed_type.value, "world_size": world.world_size}
+        world.from_main(lambda: check_same_backend(Path(checkpoint), **how))
     in_checkpoints = CheckpointRecord(**asdict(record))
     trainer.add_callback(in_checkpoints)
     use_training_log(trainer)

@@ -5,17 +5,21 @@ matters. Used by start.sh: python launch/quiet_launch.py [flags of accelerate la
 """
 
 import logging
+import signal
 import subprocess
 import sys
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in the seconds of importing is no traceback
+
+from accelerate.commands.launch import launch_command, launch_command_parser  # noqa: E402
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 
 
 def main() -> int:
     """Launch; return the exit status of the process that failed first, 128 + n for signal n."""
     logging.disable(logging.CRITICAL)  # of this process, the launcher, alone
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         launch_command(launch_command_parser().parse_args())
     except ChildFailedError as error:

@@ -32,7 +32,8 @@ if [ -n "${ACCELERATE_CONFIG:-}" ]; then
   [ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG: no such file: $ACCELERATE_CONFIG"
   how=(--config_file "$ACCELERATE_CONFIG" --num_processes "$processes")
 else
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  # A Ctrl-C while torch is imported ends it without a traceback.
+  gpus=$("$python" -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count())')
   if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
     fail "$processes processes asked for, and $gpus GPUs visible; expected at most one process for each"
   fi
@@ -56,5 +57,5 @@ fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # accelerate would set 1
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
-echo "starting $processes processes of $module" >&2
+echo "starting $processes $([ "$processes" -eq 1 ] && echo process || echo processes) of $module" >&2
 exec "$python" "$root/launch/quiet_launch.py" --quiet "${how[@]}" -m "$module" "$@"

@@ -78,7 +78,7 @@ def test_a_student_that_is_not_better_than_the_baseline_is_told_so(tmp_path: Pat
     ]
     assert beside_baseline(baseline, run) == []
     short = read_run(make_run(tmp_path / "short", kl=2.0, ce=4.0, state={"epoch": 0.16}))
-    assert beside_baseline(baseline, short) == ["The run went over its samples 2 times, the baseline 0.16 times."]
+    assert beside_baseline(baseline, short) == ["The run trained for 2 epochs, the baseline for 0.16."]
 
 
 def trained_on(**changes: Any) -> dict[str, Any]:

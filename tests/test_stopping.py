@@ -79,6 +79,20 @@ def test_a_forked_process_dies_of_its_own_signal_and_the_first_one_does_not_hear
         time.sleep(0.2)
 
 
+def test_a_forked_process_ends_when_the_one_that_forked_it_was_killed() -> None:
+    program = "import os, time; from accel_distill.stopping import stop_on_signals\n"
+    program += (
+        "with stop_on_signals():\n    child = os.fork()\n    print(child or '', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert any(line.strip() for line in parent.stdout)
+        begun = time.monotonic()
+        parent.kill()
+        parent.stdout.read()  # to its end: nobody holds the other end of the pipe any more
+    assert time.monotonic() - begun < 30
+
+
 def test_a_thread_that_a_library_left_behind_does_not_keep_a_stopped_process() -> None:
     waits = "import threading; threading.Thread(target=threading.Event().wait).start(); "
     ends = "from accel_distill import stopping; stopping.AFTERWARDS = 0.5; stopping.end(143)"

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from accel_distill import __version__
 from accel_distill.cache import CachedSample, TeacherCache
 from accel_distill.cached_data import objective, split_items
-from accel_distill.checkpoint_record import DataRecord, check_resumable
+from accel_distill.checkpoint_record import DataRecord, check_resumable, check_same_backend
 from accel_distill.collator import CachedLogitCollator
 from accel_distill.config import LossConfig, RunConfig, resolved_yaml
 from accel_distill.deal import shard_name
@@ -519,6 +520,28 @@ def test_a_smaller_cap_than_the_caches_is_said_and_not_obeyed(
     metrics = train(configured(run, tmp_path, dataset={"max_samples": SAMPLES - 5, "eval_samples": HELD_OUT}))
     assert f"dataset.max_samples is {SAMPLES - 5}, but training uses the whole cache: {SAMPLES} samples" in caplog.text
     assert metrics["train_samples"] + HELD_OUT > SAMPLES - 5
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "distributed_type", "world_size", "words"),
+    [
+        (2, "DEEPSPEED", 1, "saved by 2 processes with DeepSpeed, .* cannot be read by 1 process with it"),
+        (2, "DEEPSPEED", 4, "saved by 2 processes with DeepSpeed, .* cannot be read by 4 processes with it"),
+        (2, "MULTI_GPU", 2, "saved by 2 processes with DeepSpeed, .* cannot be read by 2 processes without it"),
+        (0, "DEEPSPEED", 2, "saved without DeepSpeed, .* cannot be read by 2 processes with it"),
+        (2, "DEEPSPEED", 2, None),
+        (0, "MULTI_GPU", 2, None),
+        (0, "NO", 1, None),
+    ],
+)
+def test_a_checkpoint_whose_optimizer_this_run_cannot_read_is_refused(
+    saved_by: int, distributed_type: str, world_size: int, words: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "global_step2").mkdir()
+    for rank in range(saved_by):
+        (tmp_path / "global_step2" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        check_same_backend(tmp_path, distributed_type=distributed_type, world_size=world_size)
 
 
 def test_resume_true_goes_on_from_the_last_checkpoint_and_leaving_it_out_is_said(
