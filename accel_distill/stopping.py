@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -22,6 +23,7 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 RAISE = signal.SIGUSR2  # wakes the main thread for an error that another thread has seen
 GRACE = 10.0  # seconds until the main thread must have noticed
 LONGEST = 20.0  # seconds from then until the process must have ended: the shard in the writer is published
+AGAIN = 0.01  # seconds until a stop is tried again that came where it would be lost
 AFTERWARDS = 10.0  # seconds from the command's end until the interpreter's own must have come, where it was stopped
 PARENT_EVERY = 1.0  # seconds between two looks of a forked process at whether the one that forked it is there
 ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
@@ -45,9 +47,15 @@ class Stop:
         """Handle a signal, in the main thread: raise, once."""
         if number != RAISE:
             self._take(Stopped(number))
-        if self._error is not None and not self._noticed.is_set():
-            self._noticed.set()
-            raise self._error
+        if self._error is None or self._noticed.is_set():
+            return
+        if _is_lost_in(frame):
+            again = threading.Timer(AGAIN, signal.pthread_kill, args=(threading.get_ident(), RAISE))
+            again.daemon = True
+            again.start()
+            return
+        self._noticed.set()
+        raise self._error
 
     def watch(self, pipe: int) -> None:
         """Read the numbers of signals as they come, also while the main thread runs no Python; run in a thread."""
@@ -96,6 +104,15 @@ class Stop:
         if not self._ended.is_set():
             say(self._error)
             os._exit(status_of(self._error))
+
+
+def _is_lost_in(frame: FrameType | None) -> bool:
+    """Whether Python would only print an exception raised there: in a finalizer, or a callback of a weak reference."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_with(parent: int) -> None:

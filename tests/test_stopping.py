@@ -79,6 +79,23 @@ def test_a_forked_process_dies_of_its_own_signal_and_the_first_one_does_not_hear
         time.sleep(0.2)
 
 
+class Slow:
+    """Takes its time to be deleted, where an exception is only printed."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_comes_in_a_finalizer_is_raised_behind_it() -> None:
+    begun = time.monotonic()
+    with pytest.raises(Stopped), stop_on_signals():
+        Slow()  # deleted at once
+        time.sleep(10)
+    assert time.monotonic() - begun < 5
+
+
 def test_a_forked_process_ends_when_the_one_that_forked_it_was_killed() -> None:
     program = "import os, time; from accel_distill.stopping import stop_on_signals\n"
     program += (
