@@ -4,7 +4,6 @@ The one decision: a command's module is imported when the command is called, so 
 Cost: the commands' names and one-line descriptions stand here, away from their modules.
 """
 
-import glob
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,10 +75,8 @@ def _not_here(config: "RunConfig") -> Iterator[str]:
     for key, name in models.items():
         if name and name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             yield f"{key}: there is no directory {name}"
-    is_local = "/" not in config.dataset.name  # the files of a dataset on the hub are the hub's
-    for pattern in config.dataset.data_files or [] if is_local else []:
-        if "://" not in pattern and not glob.glob(pattern, recursive=True):
-            yield f"dataset.data_files: there is no file {pattern}"
+    for pattern in config.dataset.missing_files():
+        yield f"dataset.data_files: there is no file {pattern}"
 
 
 def init(argv: list[str]) -> int:

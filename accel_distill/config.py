@@ -6,6 +6,7 @@ or a cache to judge is judged by the command that loads it. Cost: the defaults s
 template `run_file.yaml`; a test compares the two.
 """
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,11 @@ class DatasetConfig(Section):
     append_eos: bool = True
     long_documents: Literal["truncate", "split"] = "truncate"
     shuffle_files: Seed | None = None
+
+    def missing_files(self) -> list[str]:
+        """Return the local paths and globs in `data_files` that name no file here."""
+        local = [] if "/" in self.name else self.data_files or []  # of a dataset on the hub they are the hub's
+        return [pattern for pattern in local if "://" not in pattern and not glob.glob(pattern, recursive=True)]
 
     @model_validator(mode="after")
     def _check(self) -> "DatasetConfig":

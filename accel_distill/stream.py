@@ -5,7 +5,6 @@ the whole stream; it buys the same samples for any number of ranks (the datasets
 samples with the number of ranks or of files).
 """
 
-import glob
 import hashlib
 import itertools
 import logging
@@ -190,10 +189,8 @@ class Walk:
 
 def _check_data_files(config: "DatasetConfig") -> None:
     """Raise ConfigError for a local path or glob without a file: the library takes that for an empty dataset."""
-    local = [] if "/" in config.name else config.data_files or []  # of a dataset on the hub they are the hub's
-    for pattern in local:
-        if "://" not in pattern and not glob.glob(pattern, recursive=True):
-            raise ConfigError(f"dataset.data_files: there is no file {pattern} (seen from {Path.cwd()})")
+    for pattern in config.missing_files():
+        raise ConfigError(f"dataset.data_files: there is no file {pattern} (seen from {Path.cwd()})")
 
 
 def _builder(config: "DatasetConfig") -> "datasets.DatasetBuilder":
