@@ -19,7 +19,7 @@ from typing import Any
 
 from accel_distill import hints
 from accel_distill.errors import RunError
-from accel_distill.hints import Hint, add_hint, read_hints
+from accel_distill.hints import NO_STATE, Hint, add_hint, read_hints
 from accel_distill.reading import Mark, Reading
 from accel_distill.text_hash import Text, TextHash
 
@@ -65,8 +65,8 @@ class NotedStream:
     def _is_confirmed(self, hint: Hint) -> bool:
         try:
             found = TextHash.of(islice(self._read(Mark(hint.at, hint.state)), AFTER))
-        except (RunError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError):
-            return False  # a state that the datasets library makes nothing of
+        except NO_STATE:
+            return False
         return self._key(hint.at, found) == hint.after
 
     def _key(self, at: int, texts: TextHash) -> str:

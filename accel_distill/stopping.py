@@ -24,7 +24,7 @@ RAISE = signal.SIGUSR2  # wakes the main thread for an error that another thread
 GRACE = 10.0  # seconds until the main thread must have noticed
 LONGEST = 20.0  # seconds from then until the process must have ended: the shard in the writer is published
 AGAIN = 0.01  # seconds until a stop is tried again that came where it would be lost
-AFTERWARDS = 10.0  # seconds from the command's end until the interpreter's own must have come, where it was stopped
+AFTERWARDS = 10.0  # seconds for threads and exit functions of a command that was stopped or failed
 PARENT_EVERY = 1.0  # seconds between two looks of a forked process at whether the one that forked it is there
 ONE_KEYPRESS = 0.5  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
 
