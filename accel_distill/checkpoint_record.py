@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from accel_distill.errors import CacheMismatch, ConfigError
+from accel_distill.figures import number_of
 from accel_distill.manifest import differences
 from accel_distill.regular_file import MEBIBYTE, parse_json_object, read_regular
 
@@ -103,17 +104,18 @@ def check_resumable(checkpoint: Path, record: DataRecord | OnlineRecord) -> None
             raise _refused(name, then, now, checkpoint, is_online=is_online)
 
 
-def check_same_backend(checkpoint: Path, *, distributed_type: str, world_size: int) -> None:
+def check_same_backend(checkpoint: Path, *, distributed_type: str, world_size: int, on_each_node: bool = False) -> None:
     """Raise ConfigError where this run cannot read the optimizer's state that a checkpoint holds.
 
+    With `on_each_node` (training.save_on_each_node) a node has the parts of its own processes only: not counted.
     Without DeepSpeed the Trainer would pass over what DeepSpeed has saved, and begin with an optimizer of no memory.
     """
     divided = list(checkpoint.glob("global_step*/*_optim_states.pt"))
     is_deepspeed = distributed_type == "DEEPSPEED"
-    if is_deepspeed == bool(divided) and (not divided or len(divided) == world_size):
+    if is_deepspeed == bool(divided) and (not divided or on_each_node or len(divided) == world_size):
         return
-    made = f"by {len(divided)} processes with DeepSpeed" if divided else "without DeepSpeed"
-    now = f"{world_size} process{'es' if world_size > 1 else ''} with{'' if is_deepspeed else 'out'} it"
+    made = f"by {number_of(len(divided), 'process')} with DeepSpeed" if divided else "without DeepSpeed"
+    now = f"{number_of(world_size, 'process')} with{'' if is_deepspeed else 'out'} it"
     raise ConfigError(
         f"training.resume_from_checkpoint: {checkpoint} was saved {made}, and the state of its optimizer cannot be "
         f"read by {now}; go on as it was begun, or begin anew from its weights with student.model"

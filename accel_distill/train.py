@@ -88,7 +88,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     if checkpoint:
         world.from_main(lambda: check_same_adapters(Path(checkpoint), trainer.model))
         how = {"distributed_type": trainer.accelerator.distributed_type.value, "world_size": world.world_size}
-        world.from_main(lambda: check_same_backend(Path(checkpoint), **how))
+        on_each_node = arguments.save_on_each_node
+        world.from_main(lambda: check_same_backend(Path(checkpoint), **how, on_each_node=on_each_node))
     in_checkpoints = CheckpointRecord(**asdict(record))
     trainer.add_callback(in_checkpoints)
     use_training_log(trainer)

@@ -541,6 +541,8 @@ def test_a_checkpoint_whose_optimizer_this_run_cannot_read_is_refused(
         (tmp_path / "global_step2" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(ConfigError, match=words) if words else nullcontext():
         check_same_backend(tmp_path, distributed_type=distributed_type, world_size=world_size)
+    if saved_by and distributed_type == "DEEPSPEED":  # the parts of one node of several
+        check_same_backend(tmp_path, distributed_type=distributed_type, world_size=world_size, on_each_node=True)
 
 
 def test_resume_true_goes_on_from_the_last_checkpoint_and_leaving_it_out_is_said(
